@@ -25,23 +25,39 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import bz2
 import contextlib
 import difflib
 import functools
+import gzip
 import hashlib
+import heapq
+import importlib.metadata
+import importlib.util
 import inspect
 import json
+import lzma
 import math
 import os
 import re
+import shutil
 import signal
+import stat
+import subprocess
 import sys
+import tarfile
+import tempfile
 import time
+import unicodedata
+import zipfile
+import zlib
 from collections import Counter
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import requests
 import symusic
 import torch
 import torch.nn.functional as F
@@ -54,9 +70,9 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from tqdm.auto import tqdm
 
-# ======================================================================================================================
+# ============================================================================================================
 # 1 Knobs: class Cfg
-# ======================================================================================================================
+# ============================================================================================================
 
 
 class UserError(ValueError):
@@ -113,7 +129,8 @@ class Cfg(metaclass=KnobType):
 
     A misspelt name or a value of another type raises UserError at once. Lower-case properties are derived from the knobs.
     """
-    # --- data: the first of these that is set is used; none of them: the folk tunes bundled with music21
+    # --- data: set one of these; none of them: the folk tunes bundled with music21
+    LMD_DOWNLOAD = ""  # full | matched | clean: fetch that part of the Lakh MIDI Dataset (1.8, 1.4, 0.2 GB)
     LMD_ZIP_PATH = ""  # a ZIP, tar or tar.gz of MIDI files, such as lmd_full.tar.gz
     USE_LOCAL_MIDI = False  # read the folder LOCAL_MIDI_ROOT in place instead of an archive
     LOCAL_MIDI_ROOT = ""  # a folder of MIDI files; it is never changed
@@ -182,8 +199,18 @@ class Cfg(metaclass=KnobType):
         return self.DEVICE if self.DEVICE != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
     @property
+    def source(self):
+        """What identifies the MIDI files of this study; UserError if they are not there."""
+        return source_id(self)
+
+    @property
     def corpus(self):
-        return "stub"
+        """The MIDI files of this study in words."""
+        if self.LMD_DOWNLOAD:
+            return f"the Lakh MIDI Dataset ({self.LMD_DOWNLOAD})"
+        if self.LMD_ZIP_PATH:
+            return Path(self.LMD_ZIP_PATH).name
+        return f"folder {self.LOCAL_MIDI_ROOT}" if self.USE_LOCAL_MIDI else "the folk tunes bundled with music21"
 
     @property
     def study(self):
@@ -287,9 +314,9 @@ def knob_help():
     return dict(re.findall(r"^    ([A-Z_]+) = .+?  # (.+)$", inspect.getsource(Cfg), re.M))
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 2 Plumbing: files that are whole or absent, stages that know whether they are up to date
-# ======================================================================================================================
+# ============================================================================================================
 
 
 @contextlib.contextmanager
@@ -400,16 +427,433 @@ def stage(version, knobs, after=None, root="DATA_ROOT"):
     return decorate
 
 
-@stage(version=1, knobs="USE_LOCAL_MIDI LOCAL_MIDI_ROOT MAX_MIDI_FILES")
+# ======================================================================================================================
+# 3 Acquire: ZIP, tar, folder, download or bundled corpus -> data_lakh/midi/, midi_index.json
+# ======================================================================================================================
+
+LAKH_URL = "http://hog.ee.columbia.edu/craffel/lmd/"  # https is not served there, hence the checksums
+LAKH = {  # LMD_DOWNLOAD: (archive, SHA-256); 1.77 GB, 1.41 GB and 234 MB, https://colinraffel.com/projects/lmd/
+    "full": ("lmd_full.tar.gz", "6fcfe2ac49ca08f3f214cec86ab138d4fc4dabcd7f27f491a838dae6db45a12b"),
+    "matched": ("lmd_matched.tar.gz", "621ff830aed771f469e5bfa13dc12a33c6ed69090adeda63d0b5c47783af0191"),
+    "clean": ("clean_midi.tar.gz", "de1bb64cbc0cf35545a05b5c3e786aa6890cfa144edffc4b827ff41bf8c33dc5"),
+}
+FOLK_BOOKS = ("airdsAirs", "essenFolksong", "oneills1850", "ryansMammoth")  # of music21, public domain
+MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+# What no honest archive of MIDI files comes near: Lakh has 178,561 members, 6 GB in all, packed 3:1.
+MAX_MEMBERS = 1_000_000
+MAX_FILE_BYTES = 16 * 2**20
+MAX_TOTAL_BYTES = 64 * 2**30
+MAX_RATIO = 200  # of the whole archive, above 256 MiB unpacked
+SPARE_BYTES = 256 * 2**20  # left free on the disk
+
+
+class Skip(Exception):
+    """Why one file is left out; its text is the reason in the books."""
+
+
+def source_id(cfg):
+    """What tells the source that the knobs name from any other, found without reading it. Raises UserError."""
+    chosen = [knob for knob in ("LMD_DOWNLOAD", "LMD_ZIP_PATH", "USE_LOCAL_MIDI") if getattr(cfg, knob)]
+    need(len(chosen) <= 1, f"{' and '.join(chosen)} each name a source of MIDI files; set one of them")
+    if cfg.LMD_DOWNLOAD:
+        need(cfg.LMD_DOWNLOAD in LAKH, f"LMD_DOWNLOAD is {cfg.LMD_DOWNLOAD!r}; choose {', '.join(LAKH)}")
+        return dict(zip(("archive", "sha256"), LAKH[cfg.LMD_DOWNLOAD], strict=True))
+    if cfg.LMD_ZIP_PATH:
+        path = Path(cfg.LMD_ZIP_PATH)
+        need(not path.is_dir(), f"LMD_ZIP_PATH {path} is a folder; use USE_LOCAL_MIDI and LOCAL_MIDI_ROOT for it")
+        need(path.is_file(), f"LMD_ZIP_PATH: there is no file {path}")
+        return {"archive": path.name, "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+    if cfg.USE_LOCAL_MIDI:
+        need(cfg.LOCAL_MIDI_ROOT, "USE_LOCAL_MIDI needs LOCAL_MIDI_ROOT, the folder of your MIDI files")
+        need(os.path.isdir(cfg.LOCAL_MIDI_ROOT), f"LOCAL_MIDI_ROOT: there is no folder {cfg.LOCAL_MIDI_ROOT}")
+        found = ((name, os.lstat(path)) for name, path in walk(cfg.LOCAL_MIDI_ROOT) if is_midi(name))
+        return {"folder": cfg.LOCAL_MIDI_ROOT, "digest": digest([(n, s.st_size, s.st_mtime_ns) for n, s in found])}
+    return {package: importlib.metadata.version(package) for package in ("music21", "symusic")}  # tunes and abc2midi
+
+
+def is_midi(name):
+    return name.lower().endswith(MIDI_SUFFIXES)
+
+
+def rank(name):
+    """A place in an order that has nothing to do with that of the archive or the file system."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+# --- names
+
+
+def check_name(name):
+    """The parts of a member's name; raises Skip for what is no MIDI file or would lead out of the folder."""
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")]
+    if not is_midi(name):
+        raise Skip("archive in the archive" if name.lower().endswith(ARCHIVE_SUFFIXES) else "not a MIDI file by its name")
+    if name[0] in "/\\" or name[1] == ":" or ".." in parts or "\0" in name:
+        raise Skip("unsafe path")
+    if any(part.startswith(".") or part == "__MACOSX" for part in parts):  # macOS hides resource forks as ._name
+        raise Skip("hidden file")
+    if max(len(part.encode("utf-8", "surrogatepass")) for part in parts) > 240 or len(name) > 400:
+        raise Skip("name too long")
+    return parts
+
+
+# What some file system can't hold: reserved and control characters, bytes that are no UTF-8, a dot or blank at the end,
+# and the device names of Windows, which are prefixed.
+UNPORTABLE = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]|[. ]\Z|^(?=(con|prn|aux|nul|com\d|lpt\d)(\.|\Z))', re.I)
+
+
+def portable_path(parts, taken):
+    """A relative path for every system, unlike all in the Counter `taken` even where case and accents are ignored."""
+    *folders, file = (UNPORTABLE.sub("_", part) for part in parts)
+    path = first = "/".join([folder + "_" * is_midi(folder) for folder in folders] + [file])  # a.mid/ must not bar a.mid
+
+    def key(path):
+        return unicodedata.normalize("NFC", path).casefold()
+
+    while taken[key(path)]:
+        taken[key(first)] += 1
+        path = "-{}".format(taken[key(first)]).join(os.path.splitext(first))
+    taken[key(path)] += 1
+    return path
+
+
+# --- archives: each yields (name of a member, function that reads it)
+
+
+def open_archive(path):
+    """The members of a ZIP or tar, by its content, whatever its name."""
+    with open(path, "rb") as file:
+        return zip_members(path) if file.read(4) in (b"PK\3\4", b"PK\5\6") else tar_members(path)
+
+
+def check_bomb(path, unpacked):
+    allowed = 2**28 + MAX_RATIO * os.path.getsize(path)
+    need(unpacked <= allowed, f"{path} unpacks to more than {allowed:,} bytes: refused as an archive made to fill the disk")
+
+
+def zip_members(path):
+    with zipfile.ZipFile(path) as archive:
+        infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+        check_bomb(path, sum(info.file_size for info in infos))  # no more than that is read, whatever comes
+        ends = [info.header_offset + 30 + info.compress_size for info in infos]
+        need(all(end <= info.header_offset for end, info in zip(ends, infos[1:], strict=False)),
+             f"{path} has members that overlap: refused as an archive made to fill the disk")
+        for info in tqdm(infos, "extract", unit="file", disable=None):
+            if not info.is_dir():
+                yield info.orig_filename, functools.partial(read_zip_member, archive, info)
+
+
+def read_zip_member(archive, info):
+    if info.flag_bits & 1:
+        raise Skip("encrypted")
+    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+        raise Skip("link or device")
+    try:
+        with archive.open(info) as member:
+            return member.read(MAX_FILE_BYTES + 1)
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError) as error:
+        raise Skip("damaged in the archive") from error
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """tarfile takes a header that is cut off or garbled for the end, and reads long names of any length into memory."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
+        if not info.isreg() and info.size > 2**20:
+            raise tarfile.ReadError("a header that is larger than 1 MiB")
+        return info
+
+
+def tar_members(path):
+    """Reads the tar once, in order. Decompressed here and to the end, since only that verifies its checksum."""
+    openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+    with open(path, "rb") as file, tqdm.wrapattr(file, "read", os.path.getsize(path), desc="extract", disable=None) as packed:
+        magic = file.read(2)
+        file.seek(0)
+        stream = openers[magic](packed) if magic in openers else packed
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as tar:
+            for member in iter(tar.next, None):
+                tar.members.clear()  # or it would keep all of them
+                check_bomb(path, tar.offset)
+                if not member.isdir():
+                    yield member.name, functools.partial(read_tar_member, tar, member)
+        unpacked = tar.offset
+        while rest := stream.read(2**20):
+            unpacked += len(rest)
+            check_bomb(path, unpacked)
+
+
+def read_tar_member(tar, member):
+    if not member.isreg():
+        raise Skip("link or device")
+    return tar.extractfile(member).read(MAX_FILE_BYTES + 1)
+
+
+# --- download
+
+
+def download(url, path, *, sha256=None, patience=(2, 10, 60)):
+    """Fetches `url` to `path`, unless it is there, and returns the path. An attempt that broke off is continued.
+
+    `patience`: seconds to wait after each attempt in a row that brought nothing. Raises UserError when the file can't be
+    had or is not the one with the checksum; `path` exists only when the file is whole.
+    """
+    path = Path(path)
+    part, waits, best = path.with_name(path.name + ".part"), list(patience), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while not path.exists():
+        try:
+            fetch_rest(url, part)
+            check_sum(url, part, sha256)
+            os.replace(part, path)
+            part.with_suffix(".json").unlink(missing_ok=True)
+        except requests.RequestException as error:
+            got = part.stat().st_size if part.exists() else 0
+            best, waits = max(best, got), list(patience) if got > best else waits
+            refused = error.response is not None and 400 <= error.response.status_code < 500
+            need(waits and not refused, f"can't download {url} ({error}); run again to go on, or fetch it in another way")
+            time.sleep(waits.pop(0))
+        except OSError as error:
+            raise UserError(f"can't write {part}: {error.strerror}") from error
+    return path
+
+
+def fetch_rest(url, part):
+    """One request for what `part` lacks, or for all of it unless the server says that it still has the same file."""
+    note = part.with_suffix(".json")  # written after the part is emptied, before anything is added
+    known = read_json(note, {}) if part.exists() else {}
+    have = part.stat().st_size if known.get("tag") else 0
+    if have and have == known["total"]:
+        return
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-", "If-Range": known["tag"]} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
+        if reply.status_code == 416:  # the file has become shorter
+            note.unlink()
+            raise requests.ConnectionError("the file has changed on the server")
+        reply.raise_for_status()
+        etag = reply.headers.get("ETag", "W/")  # a weak one does not promise equal bytes
+        tag = reply.headers.get("Last-Modified", "") if etag.startswith("W/") else etag
+        span = re.match(rf"bytes {have}-\d+/(\d+)", reply.headers.get("Content-Range", ""))
+        if reply.status_code == 206 and not (span and tag == known["tag"]):
+            note.unlink()
+            raise requests.ConnectionError("the file has changed on the server")
+        have = have if reply.status_code == 206 else 0
+        total = int(span[1] if have else reply.headers.get("Content-Length", 0))
+        if reply.headers.get("Content-Encoding", "identity") != "identity":  # lengths would be those of the packed bytes
+            tag, total = "", 0
+        need(shutil.disk_usage(part.parent).free > total - have + SPARE_BYTES, f"the disk of {part.parent} is full")
+        bar = tqdm(desc=part.stem, total=total or None, initial=have, unit="B", unit_scale=True, disable=None)
+        with bar, open(part, "ab" if have else "wb") as out:
+            write_json(note, {"tag": tag, "total": total})
+            for chunk in reply.iter_content(2**20):
+                bar.update(out.write(chunk))
+    if total and part.stat().st_size != total:
+        raise requests.ConnectionError(f"{part.stat().st_size:,} of {total:,} bytes came")
+
+
+def check_sum(url, part, sha256):
+    if sha256:
+        with open(part, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != sha256:
+            part.unlink()
+            raise UserError(f"what came from {url} is not the known file (SHA-256 {found}); run again to fetch it anew")
+
+
+# --- the embedded corpus
+
+
+def folk_members(cfg):
+    """The folk tunes bundled with music21, as MIDI files made here: whole books crash abc2midi, single tunes do not."""
+    corpus = Path(importlib.util.find_spec("music21").origin).parent / "corpus"  # importing music21 takes seconds
+    tunes = {}
+    for book in sorted(path for folder in FOLK_BOOKS for path in (corpus / folder).glob("*.abc")):
+        for tune in re.split(rb"^(?=X:)", book.read_bytes(), flags=re.M)[1:]:
+            number = int(re.match(rb"X:\s*(\d+)", tune)[1])
+            tunes[f"{book.parent.name}/{book.stem}_{number:04d}.mid"] = tune
+    names = heapq.nsmallest(cfg.MAX_MIDI_FILES or len(tunes), tunes, key=rank)
+    for name in tunes.keys() - set(names):
+        yield name, functools.partial(midi_or_skip, b"", "over MAX_MIDI_FILES")
+    with abc2midi_program() as program, ThreadPool(cfg.workers) as pool:
+        made = pool.imap(lambda name: run_abc2midi(program, tunes[name]), names)
+        for name, (midi, reason) in zip(names, tqdm(made, "extract", len(names), unit="tune", disable=None), strict=True):
+            yield name, functools.partial(midi_or_skip, midi, reason)
+
+
+def midi_or_skip(midi, reason):
+    if reason:
+        raise Skip(reason)
+    return midi
+
+
+@contextlib.contextmanager
+def abc2midi_program():
+    """A private copy of the abc2midi in symusic, where it lacks the run bit."""
+    bundled = Path(importlib.util.find_spec("symusic").origin).parent / "bin"
+    with tempfile.TemporaryDirectory(prefix="abc2midi") as folder:
+        program = Path(shutil.copy(next(bundled.glob("abc2midi*")), folder))
+        program.chmod(0o700)
+        yield program
+
+
+def run_abc2midi(program, abc, timeout_s=20):
+    """(bytes of a MIDI file, "") for the bytes of one tune, or (b"", why there is none)."""
+    handle, midi = tempfile.mkstemp(".mid", dir=program.parent)
+    os.close(handle)
+    try:
+        done = subprocess.run([program, "-", "-o", midi], input=abc, capture_output=True, timeout=timeout_s)
+        return (Path(midi).read_bytes(), "") if done.returncode == 0 else (b"", "abc2midi failed")
+    except subprocess.TimeoutExpired:
+        return b"", "abc2midi timed out"
+    except OSError as error:
+        raise UserError(f"can't run abc2midi ({error}); set TMPDIR to a folder that allows programs") from error
+    finally:
+        os.unlink(midi)
+
+
+# --- the stage
+
+
+def write_members(members, cfg):
+    """Writes the MIDI files among `members` below midi_root; returns the books of it.
+
+    Memory holds names only. Files are written under their final names with no fsync: a file that a killed run left half
+    written is in no index, and the next run sees that its bytes differ and writes it again.
+    """
+    root, limit = prepare_root(cfg.midi_root), cfg.MAX_MIDI_FILES or MAX_MEMBERS
+    seen, total, skipped, taken, folders = 0, 0, Counter(), Counter(), set()
+    kept = []  # a heap with the highest rank on top: an archive that is read once shows only at its end which to keep
+    for name, read in members:
+        seen += 1
+        need(seen <= MAX_MEMBERS, f"the archive has more than {MAX_MEMBERS:,} members")
+        try:
+            path = portable_path(check_name(name), taken)
+            if len(kept) == limit and rank(path) > -kept[0][0]:
+                raise Skip("over MAX_MIDI_FILES")
+            data = read()
+            check_size(len(data))
+        except Skip as reason:
+            skipped[str(reason)] += 1
+            continue
+        total += len(data)
+        need(total <= MAX_TOTAL_BYTES, f"the archive holds more than {MAX_TOTAL_BYTES:,} bytes of MIDI files")
+        new = store(root, path, data, folders)
+        heapq.heappush(kept, (-rank(path), path, new))
+        if len(kept) > limit:
+            _, path, new = heapq.heappop(kept)
+            skipped["over MAX_MIDI_FILES"] += 1
+            if new:
+                Path(root, path).unlink()
+    return {"files": sorted(path for _, path, _ in kept), "skipped": dict(skipped), "seen": seen}
+
+
+def check_size(size):
+    if not 0 < size <= MAX_FILE_BYTES:
+        raise Skip(f"larger than {MAX_FILE_BYTES >> 20} MiB" if size else "empty")
+
+
+def prepare_root(root):
+    """Makes the folder for extracted files and marks it, so that no file in it is replaced that came from elsewhere."""
+    marker = root / ".extracted_by_LakhMIDI"
+    need(not root.exists() or marker.exists() or not any(root.iterdir()),
+         f"{root} holds files from elsewhere; set MIDI_ROOT to an empty folder, or read them with USE_LOCAL_MIDI")
+    root.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    return root
+
+
+def store(root, path, data, folders):
+    """Writes a file below `root` unless it is there already; returns whether it wrote. `folders`: those found safe."""
+    target = root / path
+    try:
+        if target.parent not in folders:
+            need(Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(root)),
+                 f"{target.parent} is a link that leads out of {root}; remove it")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folders.add(target.parent)
+        if os.path.lexists(target):
+            found = target.lstat()
+            if stat.S_ISREG(found.st_mode) and found.st_size == len(data) and target.read_bytes() == data:
+                return False
+            target.unlink()
+        need(shutil.disk_usage(root).free > SPARE_BYTES + len(data), f"the disk of {root} is full")
+        with open(target, "xb") as out:  # x: never through a link, never into a file that has a second name elsewhere
+            out.write(data)
+        return True
+    except OSError as error:
+        raise UserError(f"can't write {target}: {error.strerror}") from error
+
+
+def walk(root):
+    """(relative POSIX path, path) of everything in a folder but folders, in a fixed order; links are not followed."""
+    for base, folders, files in os.walk(root):
+        folders.sort()
+        for path in (os.path.join(base, file) for file in sorted(files)):
+            yield Path(os.path.relpath(path, root)).as_posix(), path
+
+
+def index_folder(cfg):
+    """The books of LOCAL_MIDI_ROOT, which is only read. Raises UserError where results would be written into it."""
+    root = Path(cfg.LOCAL_MIDI_ROOT)
+    for knob in ("DATA_ROOT", "SAVE_DIR"):
+        need(not Path(os.path.abspath(getattr(cfg, knob))).is_relative_to(os.path.abspath(root)),
+             f"{knob} is inside LOCAL_MIDI_ROOT, where nothing is written; move one of them")
+    files, seen, skipped = [], 0, Counter()
+    for name, path in walk(root):
+        seen += 1
+        try:
+            check_name(name)
+            if not os.path.isfile(path):
+                raise Skip("link or device")
+            check_size(os.path.getsize(path))
+            files.append(name)
+        except Skip as reason:
+            skipped[str(reason)] += 1
+    if cfg.MAX_MIDI_FILES and len(files) > cfg.MAX_MIDI_FILES:
+        skipped["over MAX_MIDI_FILES"] = len(files) - cfg.MAX_MIDI_FILES
+        files = heapq.nsmallest(cfg.MAX_MIDI_FILES, files, key=rank)
+    return {"files": sorted(files), "skipped": dict(skipped), "seen": seen}
+
+
+def write_source(cfg):
+    """The books of whatever source is not a folder. Raises UserError for an archive that can't be read to its end."""
+    path = cfg.LMD_ZIP_PATH
+    if cfg.LMD_DOWNLOAD:
+        name, checksum = LAKH[cfg.LMD_DOWNLOAD]
+        path = download(LAKH_URL + name, Path(cfg.DATA_ROOT, "downloads", name), sha256=checksum)
+    if not path:
+        return write_members(folk_members(cfg), cfg)
+    try:
+        return write_members(open_archive(path), cfg)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, OverflowError,
+            RecursionError, UnicodeError) as error:
+        raise UserError(f"{path} is no ZIP or tar archive, or is cut off or damaged ({error})") from error
+
+
+@stage(version=1, knobs="source MAX_MIDI_FILES MIDI_ROOT")
 def extract(cfg):
-    files = sorted(p.relative_to(cfg.midi_root).as_posix() for p in cfg.midi_root.rglob("*.mid"))[:cfg.MAX_MIDI_FILES or None]
-    write_json(Path(cfg.DATA_ROOT, "midi_index.json"), {"files": files})
-    return [Path(cfg.DATA_ROOT, "midi_index.json")]
+    """Puts the MIDI files of the source in midi_root, or leaves them where they are; the index says which to use."""
+    index, source = Path(cfg.DATA_ROOT, "midi_index.json"), source_id(cfg)
+    index.unlink(missing_ok=True)
+    books = index_folder(cfg) if cfg.USE_LOCAL_MIDI else write_source(cfg)
+    assert books["seen"] == len(books["files"]) + sum(books["skipped"].values()), books["skipped"]
+    need(books["files"], f"no MIDI files in {cfg.LMD_ZIP_PATH or cfg.midi_root}; skipped: {books['skipped'] or 'nothing'}")
+    say(f"extract   {len(books['files']):,} of {books['seen']:,} files are MIDI files to use; skipped: {books['skipped'] or 'none'}")
+    write_json(index, {"source": source, "root": str(cfg.midi_root), **books})
+    return [index] if cfg.USE_LOCAL_MIDI else [index, cfg.midi_root]
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 4 Convert: data_lakh/midi/ -> data_lakh/abc/, report.jsonl
-# ======================================================================================================================
+# ============================================================================================================
 # The pure functions. Times are integer ticks of 1/48 quarter note: 1/16 beat = 3, 1/8 beat = 6, 1/6 beat (triplets) = 8.
 
 BEAT = 48  # ticks per quarter note ("beat" everywhere below, whatever the metre says)
@@ -479,6 +923,14 @@ def score_notes(score):
     return notes, [(track.program, bool(track.is_drum)) for track in tracks]
 
 
+def merge_duplicates(notes):
+    """Notes sorted by voice, pitch and onset; of those equal in all three (one in nine on the web) the longest."""
+    order = np.lexsort((-notes.duration, notes.onset, notes.voice * 128 + notes.pitch))
+    voice, onset, duration, pitch = (column[order] for column in notes)
+    new = np.append(True, (np.diff(onset) != 0) | (np.diff(voice * 128 + pitch) != 0))[:len(order)]
+    return Notes(voice[new], onset[new], duration[new], pitch[new])
+
+
 def read_midi_notes(source):
     """Bytes or path of a MIDI file -> Notes in beats as written. Raises Rejected."""
     return score_notes(read_score(source))[0]
@@ -489,7 +941,7 @@ def bar_lines(score, end):
     changes = {0: (4, 4)}
     for sign in score.time_signatures:
         beats = 4 * sign.numerator / max(1, sign.denominator)
-        if 0.5 <= beats <= 16 and sign.denominator in (1, 2, 4, 8, 16, 32):  # others are noise in the file
+        if 1.5 <= beats <= 16 and sign.denominator in (1, 2, 4, 8, 16, 32):  # others are noise in the file
             changes[round(sign.time / score.tpq * 8) * BEAT // 8] = (sign.numerator, sign.denominator)
     times = sorted(t for t in changes if t < max(end, 1))
     starts, metres = [], {}
@@ -528,12 +980,12 @@ def choose_grid(onset, key):
     step = 3 if merged[0] - merged[1] > 0.002 * len(onset) else 6
     on8 = np.abs(onset * 8 - np.rint(onset * 8)) < 0.16  # within 1/50 beat of the grid
     on6 = np.abs(onset * 6 - np.rint(onset * 6)) < 0.12
-    return step, np.mean(on8 | on6) > 0.75 and np.mean(on6 & ~on8) > 0.01
+    return step, np.mean(on8 | on6) > 0.9 and np.mean(on6 & ~on8) > 0.01
 
 
-def triplet_beats(notes, n_beats):
+def triplet_beats(notes, n_beats, step):
     """Which beats of which voice lie nearer to the 1/6 grid than to the 1/8 grid: bool, shape (voices, n_beats)."""
-    beat = np.floor(notes.onset + 1 / 16).astype(int)
+    beat = np.floor(notes.onset + step / 2 / BEAT).astype(int)
     gain = (np.abs(notes.onset * 8 - np.rint(notes.onset * 8)) / 8
             - np.abs(notes.onset * 6 - np.rint(notes.onset * 6)) / 6)
     shape = (notes.voice.max() + 1, n_beats)
@@ -546,36 +998,35 @@ def quantise(beats, voice, step, triplet):
     ticks = np.rint(beats * (BEAT // step)).astype(int) * step
     if triplet is None:
         return ticks
-    inside = triplet[voice, np.floor(beats + 1 / 16).astype(int)]
+    inside = triplet[voice, np.floor(beats + step / 2 / BEAT).astype(int)]
     return np.where(inside, np.rint(beats * 6).astype(int) * 8, ticks)
 
 
-def snap_ends(voice, start, end, bars):
-    """Ends move to an onset of the voice, else to a bar line, when within 1/8 beat or 20 % of the note's length."""
-    slack = np.maximum(BEAT // 8, (end - start) // 5)
+def snap_ends(voice, start, end, duration, bars):
+    """Ends move to an onset of the voice, else to a bar line, if the length stays within 1/8 beat or 20 % of `duration`."""
+    slack = np.maximum(BEAT / 8, duration / 5) + 1e-6
     span = bars[-1] + 10_000
     onsets = np.append(np.unique(voice * span + start), 2**60)
-    target = voice * span + end
-    after = np.searchsorted(onsets, target)
-    up = onsets[after] - target
-    down = target - onsets[np.maximum(after - 1, 0)]
-    back = (down <= slack) & (down < up) & (end - down > start)
-    end = np.where(back, end - down, np.where(up <= slack, end + up, end))
-    moved = back | (up <= slack)
-    line = bars[np.searchsorted(bars, end - BEAT // 8)]
-    near = ~moved & (np.abs(line - end) <= slack) & (line > start)
-    return np.where(near, line, end)
+    after = np.searchsorted(onsets, voice * span + end)
+    for target in (np.rint(end / 12).astype(int) * 12, bars[np.searchsorted(bars, end - BEAT // 8)], onsets[after - 1] - voice * span,
+                   onsets[after] - voice * span):
+        fits = (np.abs(target - start - duration) <= slack) & (target > start)
+        end = np.where(fits, target, end)
+    return end
 
 
 def grid_notes(notes, bars, step, triplet):
     """Notes sorted by (voice, pitch, onset) -> (voice, pitch, start, end), ticks; one note at a time per pitch."""
     key = notes.voice * 128 + notes.pitch
     start = quantise(notes.onset, notes.voice, step, triplet)
+    if step == 3:  # a second stroke within one step of the fine grid moves to the next, still within 1/8 beat
+        again = np.append(False, (np.diff(key) == 0) & (np.diff(start) == 0))
+        start = start + step * (again & (start % step == 0))
     end = np.maximum(quantise(notes.onset + notes.duration, notes.voice, step, triplet), start + step)
     first = np.flatnonzero(np.append(True, (np.diff(key) != 0) | (np.diff(start) != 0)))  # merge what fell together
-    end = np.maximum.reduceat(end, first)
+    end, duration = np.maximum.reduceat(end, first), np.maximum.reduceat(notes.duration, first) * BEAT
     voice, pitch, start, key = notes.voice[first], notes.pitch[first], start[first], key[first]
-    end = snap_ends(voice, start, end, bars)
+    end = snap_ends(voice, start, end, duration, bars)
     struck = np.append(np.where(np.diff(key) == 0, start[1:], 2**60), 2**60)
     if triplet is not None:  # a shortest note may have left the 1/6 grid
         end = np.where(triplet[voice, (end - 1) // BEAT], -(-end // 8) * 8, end)
@@ -769,7 +1220,7 @@ def write_tuplets(line, low, high):
     """Written lengths, and (item, prefix) for each tuplet: the items of one beat that leave the 1/8 grid."""
     span = high.max() // BEAT + 1
     beat = line * span + low // BEAT
-    off = ((low % 6 != 0) | (high % 6 != 0)) & (high - low < BEAT)
+    off = (low % 3 != 0) | (high % 3 != 0)  # only thirds of a beat leave the 1/16 grid
     beats = np.unique(beat[off])
     inside = np.isin(beat, beats) & (high - low < BEAT)
     length = np.where(inside, (high - low) * 3 // 2, high - low)
@@ -806,7 +1257,8 @@ def silent_bars(begin, end, due, fields):
     out = ""
     while begin < end:
         stop = min([bar for bar in fields if begin < bar < end], default=end)
-        out += f"\n{fields.get(begin, '')}[V:1]Z{stop - due[0]}|"
+        missed = f"Z{begin - due[0]}|" if due[0] < begin else ""
+        out += f"\n{fields.get(begin, '')}[V:1]{missed}Z{stop - begin}|"
         begin = due[0] = stop
     return out
 
@@ -851,14 +1303,13 @@ def score_to_abc(score, notes, voices, cfg):
     length = float((notes.onset + notes.duration).max())
     if length > 20_000:
         raise Rejected("too_long", f"{length:.0f} beats")
-    if np.bincount(notes.onset.astype(int)).max() > 60 and 0:
+    per_beat = np.bincount(notes.onset.astype(int))
+    if np.mean(per_beat[per_beat > 0]) > 60:  # "black MIDI"
         raise Rejected("too_dense")
-    tick = np.rint(notes.onset * 480).astype(int)
-    order = np.argsort(((notes.voice * 128 + notes.pitch) << 32) + tick, kind="stable")
-    notes = Notes(*(a[order] for a in notes))
+    notes = merge_duplicates(notes)
     bars, metres = bar_lines(score, int((length + 1) * BEAT))
     step, swing = choose_grid(notes.onset, notes.voice * 128 + notes.pitch)
-    triplet = triplet_beats(notes, bars[-1] // BEAT + 2) if swing else None
+    triplet = triplet_beats(notes, bars[-1] // BEAT + 2, step) if swing else None
     if swing:
         triplet[:, bars[bars % BEAT != 0] // BEAT] = False  # a bar line inside
     voice, pitch, start, end = grid_notes(notes, bars, step, triplet)
@@ -1140,12 +1591,10 @@ def note_f1(reference, candidate, onset_tolerance=1 / 8, durations=False):
 
 
 def sorted_notes(notes):
-    """Rows (pitch, onset, duration) sorted, exact duplicates within a voice merged."""
-    order = np.lexsort((-notes.duration, notes.onset, notes.pitch, notes.voice))
-    voice, onset, duration, pitch = (a[order] for a in notes)
-    new = np.append(True, (np.diff(voice) != 0) | (np.diff(pitch) != 0) | (np.diff(onset) > 1e-6))[:len(voice)]
-    order = np.lexsort((duration[new], onset[new], pitch[new]))
-    return list(zip(*(a[new][order].tolist() for a in (pitch, onset, duration))))
+    """Rows (pitch, onset, duration) in this order, duplicates merged."""
+    notes = merge_duplicates(notes)
+    order = np.lexsort((notes.duration, notes.onset, notes.pitch))
+    return list(zip(*(column[order].tolist() for column in (notes.pitch, notes.onset, notes.duration))))
 
 
 def convert_one(data, cfg):
@@ -1158,68 +1607,66 @@ def convert_one(data, cfg):
 
 
 SHINGLE = 12  # melodic intervals per shingle
-MIN_DISTINCT = 4  # different intervals in a shingle
-MIN_SHINGLES = 16  # below: too little melody to compare
-NUM_PERM = 128
-MIN_EQUAL = 8  # equal MinHash values, of NUM_PERM
+MIN_PITCHES = 5  # different pitches in a shingle; fewer is an accompaniment figure
+NUM_PERM = 256  # MinHash values per file
+MIN_JACCARD = 1 / 16  # estimated share of common shingles that makes two files one work ...
+MIN_COMMON = 10  # ... and their estimated number: some 22 successive notes
 
 
 def content_hash(notes):
-    """128-bit hex digest of the notes: (drum?, onset, duration, pitch) on a grid of 1/48 beat, from the first onset on.
+    """128-bit hex digest of the notes as (drum?, onset, duration, pitch) on a grid of 1/48 beat from the first onset.
 
-    Equal for the same notes in other tracks, in another track order, doubled, under other instruments, names,
-    tempo marks or ticks per beat; different once a note is transposed, moved or re-spelt.
+    Equal for the same notes in another order of tracks or spread over other tracks, doubled, under other
+    instruments, names, tempi or ticks per beat; different once a note is transposed, moved or lengthened.
     """
     onset = np.rint(48 * (notes["onset"] - notes["onset"].min(initial=np.inf))).astype(np.int64)
     duration = np.rint(48 * notes["duration"]).clip(max=2**22 - 1).astype(np.int64)
-    # 1 bit drum, 32 bits onset, 22 bits duration, 8 bits pitch: packed, because np.unique on rows is 20 times slower.
-    packed = notes["is_drum"].astype(np.int64) << 62 | onset << 30 | duration << 8 | notes["pitch"].astype(np.int64)
+    # Packed as 1 + 32 + 22 + 8 bits, because np.unique on rows takes ten times longer.
+    packed = notes["is_drum"].astype(np.int64) << 62 | onset << 30 | duration << 8 | notes["pitch"]
     return hashlib.blake2b(np.unique(packed).astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
 def melodic_shingles(notes):
-    """(S,) uint32: hashes of the distinct runs of SHINGLE intervals between the top notes of each track.
+    """(S,) uint32: hashes of the distinct runs of SHINGLE intervals between the top notes of each pitched track.
 
-    Intervals forget the key and rhythm is left out, so a work transposed, re-orchestrated, halved in note values
-    or played by hand keeps its shingles. A run with few different intervals (trill, scale, ostinato) says little
-    about the work it comes from and is dropped.
+    Intervals forget the key, and rhythm is left out: a work transposed, re-orchestrated, written in halved
+    values or played by hand keeps its shingles.
     """
     pitched = ~notes["is_drum"]
     tick = np.rint(480 * notes["onset"][pitched]).astype(np.int64)
-    # One sort of packed integers orders by track, then onset, then pitch: several times faster than np.lexsort.
+    # One sort of packed integers orders by track, onset and pitch, and is much faster than np.lexsort.
     packed = np.sort(notes["track"][pitched].astype(np.int64) << 40 | tick << 8 | notes["pitch"][pitched])
     track, tick, pitch = packed >> 40, packed >> 8 & 0xFFFFFFFF, packed & 0xFF
-    # Notes that start within 1/16 beat of the one before form a chord, so that strummed chords stay whole.
-    starts = np.flatnonzero(np.diff(track, prepend=-1).astype(bool) | (np.diff(tick, prepend=-99) > 30))
-    count = len(starts) - SHINGLE
+    # A note within 1/16 beat of the one before belongs to its chord, so that strummed chords stay whole.
+    chord = np.flatnonzero(np.diff(track, prepend=-1).astype(bool) | (np.diff(tick, prepend=-99) > 30))
+    count = len(chord) - SHINGLE
     if count <= 0:
         return np.zeros(0, np.uint32)
-    track, interval = track[starts], np.diff(np.maximum.reduceat(pitch, starts))
-    code, seen = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
+    track, top = track[chord], np.maximum.reduceat(pitch, chord).astype(np.uint64)
+    code, seen = np.zeros(count, np.uint64), np.uint64(1) << (top[SHINGLE:] & np.uint64(63))
     for k in range(SHINGLE):
-        step = interval[k : k + count].astype(np.uint64)
-        code = code * np.uint64(0x9E3779B97F4A7C15) + step  # polynomial hash modulo 2^64
-        seen |= np.uint64(1) << (step & np.uint64(63))
-    keep = (track[:count] == track[SHINGLE:]) & (np.bitwise_count(seen) >= MIN_DISTINCT)
+        here = top[k : k + count]
+        code = code * np.uint64(0x9E3779B97F4A7C15) + (top[k + 1 : k + 1 + count] - here)  # modulo 2^64
+        seen |= np.uint64(1) << (here & np.uint64(63))
+    keep = (track[:count] == track[SHINGLE:]) & (np.bitwise_count(seen) >= MIN_PITCHES)
     return np.unique((code[keep] >> np.uint64(32)).astype(np.uint32))
 
 
 def fingerprint(notes):
-    """(NUM_PERM,) uint32 MinHash of the melodic shingles (Broder 1997); all ones with too little melody to compare."""
+    """(NUM_PERM,) uint32 MinHash of the melodic shingles (Broder 1997), all 2^32 - 1 where there are none."""
     sketch = MinHash(num_perm=NUM_PERM, hashfunc=int)
     shingles = melodic_shingles(notes)
-    if len(shingles) >= MIN_SHINGLES:
-        for start in range(0, len(shingles), 4096):  # bounds the (shingles, NUM_PERM) table of a huge file
-            sketch.update_batch(shingles[start : start + 4096].tolist())
+    for start in range(0, len(shingles), 4096):  # bounds the (shingles, NUM_PERM) table of a huge file
+        sketch.update_batch(shingles[start : start + 4096].tolist())
     return sketch.hashvalues
 
 
 def similar_pairs(signatures):
-    """(P, 2) rows i < j of (N, NUM_PERM) signatures that agree in at least MIN_EQUAL places.
+    """(P, 2) rows i < j of (N, NUM_PERM) signatures that share MIN_JACCARD and MIN_COMMON shingles by estimate.
 
-    Candidates are neighbours in the order of any one column: works with a Jaccard similarity of .06 to .1, which bands of two or
-    more columns would mostly miss, share several columns; and N files give at most NUM_PERM * N candidates
-    however common a shingle is.
+    Candidates are neighbours in the sorted order of any one column. Bands of two or more columns, as in
+    MinHashLSH, miss re-arranged works, whose Jaccard similarity is about .08; and all pairs of one value would
+    be billions for a common shingle, where neighbours are at most NUM_PERM * N.
     """
     n, codes = len(signatures), []
     for column in signatures.T:
@@ -1227,40 +1674,45 @@ def similar_pairs(signatures):
         same = np.flatnonzero(column[order][1:] == column[order][:-1])
         codes.append(order[same] * n + order[same + 1])
     pairs = np.stack(np.divmod(np.unique(np.concatenate(codes)), max(n, 1)), axis=1)
-    kept = [p[(signatures[p[:, 0]] == signatures[p[:, 1]]).sum(1) >= MIN_EQUAL]
-            for p in np.array_split(pairs, len(pairs) // 2**16 + 1)]
+    size = 2.0**32 / signatures.mean(axis=1, dtype=np.float64) - 1  # of the set, from its mean minimum
+    kept = []
+    for chunk in np.array_split(pairs, len(pairs) // 2**15 + 1):  # bounds memory
+        jaccard = (signatures[chunk[:, 0]] == signatures[chunk[:, 1]]).mean(axis=1)
+        common = jaccard / (1 + jaccard) * size[chunk].sum(axis=1)
+        kept.append(chunk[(jaccard >= MIN_JACCARD) & (common >= MIN_COMMON)])
     return np.concatenate(kept)
 
 
 def group_works(signatures, hashes):
-    """(N,) group ids for N files: the smallest content hash in the file's group.
+    """(N,) group ids for N files: the smallest content hash in the file's group, in whatever order files come.
 
-    Files with equal hashes, or with similar signatures, belong together, and so does what hangs together by a
-    chain of such files. The ids do not depend on the order of the files.
+    Files with equal hashes or similar signatures, and what a chain of such files connects, are one group. Files
+    without melody (drums, a few notes) are grouped by their hash alone.
     """
     unique, which = np.unique(np.asarray(hashes), return_inverse=True)
     merged = np.full((len(unique), NUM_PERM), 2**32 - 1, np.uint32)
     np.minimum.at(merged, which, signatures)  # the MinHash of a union is the minimum of the MinHashes
-    melodic = np.flatnonzero(merged.min(axis=1) < 2**32 - 1)
-    i, j = melodic[similar_pairs(merged[melodic])].T
+    i, j = similar_pairs(merged).T
     graph = coo_array((np.ones(len(i), bool), (i, j)), shape=(len(unique), len(unique)))
     _, component = connected_components(graph, directed=False)
-    first = np.unique(component, return_index=True)[1]  # hashes are sorted: the first is the smallest
-    return unique[first[component]][which]
+    smallest = np.unique(component, return_index=True)[1]  # first in a component, because hashes are sorted
+    return unique[smallest[component]][which]
 
 
 def split_groups(group_ids, sizes_in_chars, val_frac, test_frac, seed):
-    """(N,) 'train', 'val' or 'test' for N files; a group never crosses, fractions are of characters.
+    """(N,) 'train', 'val' or 'test' for N files: a group never crosses, fractions are of characters.
 
-    Groups are drawn in the order of a hash of seed and id, which no other file can change. A group larger than
-    a held-out share comes last: it goes to training unless nothing else is there to hold out.
+    Groups are drawn in the order of a hash of seed and id, which does not depend on the other files. A group
+    larger than a held-out share comes last, and is trained on unless nothing else is there to hold out. From 3
+    groups on, no side is empty.
     """
     ids, which = np.unique(np.asarray(group_ids), return_inverse=True)
     chars = np.bincount(which, weights=sizes_in_chars)
-    digest = [hashlib.blake2b(f"{seed}:{g}".encode(), digest_size=6).digest() for g in ids]
-    draw = np.array([int.from_bytes(d, "big") / 2.0**48 for d in digest])
+    digests = (hashlib.blake2b(f"{seed}:{g}".encode(), digest_size=6).digest() for g in ids)
+    draw = np.array([int.from_bytes(d, "big") / 2.0**48 for d in digests])
     budgets = {"test": test_frac * chars.sum(), "val": val_frac * chars.sum()}
-    side, order = np.full(len(ids), "train"), np.argsort(np.where(chars > min(budgets.values()), 1 + chars, draw))
+    order = np.argsort(np.where(chars > min(b for b in budgets.values()), 1 + chars, draw), kind="stable")
+    side = np.full(len(ids), "train")
     for name, budget in budgets.items():
         if budget > 0 and len(order) > 1:
             taken = max(1, np.searchsorted(np.cumsum(chars[order]), budget, side="right"))
@@ -1269,27 +1721,32 @@ def split_groups(group_ids, sizes_in_chars, val_frac, test_frac, seed):
 
 
 def leak_of_file_split(group_ids, sizes_in_chars, val_frac, test_frac):
-    """Expected share of held-out files and characters with a member of their group in training, were files split alone.
-
-    A file in a group of g leaks unless the other g - 1 are held out too: 1 - p^(g - 1) at a held-out fraction p.
+    """Expected share of held-out files, and of their characters, with one of their group in training, had files
+    been split one by one: a file in a group of g is safe only if the other g - 1 are held out too.
     """
     _, which, members = np.unique(np.asarray(group_ids), return_inverse=True, return_counts=True)
     leak = 1 - (val_frac + test_frac) ** (members[which] - 1.0)
-    return {"files": len(which), "groups": len(members), "largest_group": int(members.max()),
-            "leaked_files": float(leak.mean()), "leaked_chars": float(np.average(leak, weights=sizes_in_chars))}
+    return {
+        "files": len(which),
+        "groups": len(members),
+        "largest_group": int(members.max()),
+        "leaked_files": float(leak.mean()),
+        "leaked_chars": float(np.average(leak, weights=sizes_in_chars)),
+    }
 
 
-def convert_one(data, cfg):
-    abc = midi_to_abc(data, cfg)
-    notes, _ = score_notes(read_score(data))
-    d = {"track": notes.voice, "onset": notes.onset, "duration": notes.duration, "pitch": notes.pitch, "is_drum": np.zeros(len(notes.pitch), bool)}
-    return {"abc": abc, "n_notes": len(notes.pitch), "n_chars": len(abc), "seconds": float(notes.onset.max()) / 2, "f1": 1.0, "hash": content_hash(d), "signature": fingerprint(d).tobytes().hex()}
+def describe(row, data):
+    notes, voices = score_notes(read_score(data))
+    d = {"track": notes.voice, "onset": notes.onset, "duration": notes.duration, "pitch": notes.pitch,
+         "is_drum": np.array([drum for _, drum in voices])[notes.voice]}
+    return row | {"seconds": float(notes.onset.max()) / 2, "hash": content_hash(d), "signature": fingerprint(d).tobytes().hex()}
 
 
 def convert_file(source, target, cfg):
     """In a worker: converts one MIDI file to `target`; returns its row of report.jsonl, a reject with its reason."""
     try:
-        row = convert_one(Path(source).read_bytes(), cfg)
+        data = Path(source).read_bytes()
+        row = describe(convert_one(data, cfg), data)
     except Rejected as reject:
         return {"reason": reject.reason}
     except MemoryError:
@@ -1378,9 +1835,9 @@ def convert(cfg):
     return [report, cfg.abc_root]
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 5 Tokenize: abc/report.jsonl, abc/ -> tokens/train.bin val.bin test.bin vocab.json tunes.jsonl stats.json
-# ======================================================================================================================
+# ============================================================================================================
 
 START, END, UNKNOWN = 0, 1, 2  # ids of the symbols that are not characters
 
@@ -1524,9 +1981,9 @@ def plot_lengths(chars, path):
         figure.savefig(partial, dpi=150, format="png")
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 6 Models: a Transformer and an LSTM with one face, forward(tokens, state) -> (logits, state)
-# ======================================================================================================================
+# ============================================================================================================
 # state = None is training and scoring: the window starts from nothing and no state comes back.
 # state = model.empty_state(B, T) is sampling: tokens may come a few at a time and the state remembers all before them.
 
@@ -1651,9 +2108,9 @@ def count_params(model):
     n_fit = total - model.embed.weight.numel()
     return {"n_params": total, "n_fit": n_fit, "n_non_embedding": n_fit - model.head.weight.numel()}
 
-# ======================================================================================================================
+# ============================================================================================================
 # 7 Train: tokens/ -> gpt_*.pt, lstm_*.pt, scaling_results.json, training_curves.json
-# ======================================================================================================================
+# ============================================================================================================
 
 
 class Muon(torch.optim.Optimizer):
@@ -2073,11 +2530,6 @@ def fit(cfg):
 @stage(version=1, knobs="", after=fit, root="SAVE_DIR")
 def evaluate(cfg):
     return []
-
-
-# ======================================================================================================================
-# 10 Report and main: every JSON of the run -> runs_lakh/report.html
-# ======================================================================================================================
 
 
 @stage(version=1, knobs="", after=evaluate, root="SAVE_DIR")
