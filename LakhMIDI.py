@@ -27,6 +27,7 @@ import ast
 import base64
 import bz2
 import contextlib
+import csv
 import difflib
 import functools
 import gzip
@@ -62,6 +63,7 @@ import symusic
 import torch
 import torch.nn.functional as F
 from datasketch import MinHash
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from pebble import ProcessExpired, ProcessPool
 from scipy import optimize, stats
@@ -190,7 +192,7 @@ class Cfg(metaclass=KnobType):
         """A study of seconds, all files below `root`."""
         root = Path(root)
         return cls(**{"DATA_ROOT": root / "data_lakh", "SAVE_DIR": root / "runs_lakh", "STUDY": "smoke", "WORKERS": 1,
-                      "MAX_MIDI_FILES": 80, "SAMPLES": 4, "SAMPLE_CHARS": 200, **knobs})
+                      "MAX_MIDI_FILES": 80, "EVAL_TOKENS": 4_000, "SAMPLES": 4, "SAMPLE_CHARS": 200, **knobs})
 
     # --- derived values
     @property
@@ -427,25 +429,25 @@ def stage(version, knobs, after=None, root="DATA_ROOT"):
     return decorate
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 3 Acquire: ZIP, tar, folder, download or bundled corpus -> data_lakh/midi/, midi_index.json
-# ======================================================================================================================
+# ============================================================================================================
 
 LAKH_URL = "http://hog.ee.columbia.edu/craffel/lmd/"  # https is not served there, hence the checksums
-LAKH = {  # LMD_DOWNLOAD: (archive, SHA-256); 1.77 GB, 1.41 GB and 234 MB, https://colinraffel.com/projects/lmd/
+LAKH = {  # https://colinraffel.com/projects/lmd/, in bytes: 1,768,163,879, 1,407,072,670 and 234,283,029
     "full": ("lmd_full.tar.gz", "6fcfe2ac49ca08f3f214cec86ab138d4fc4dabcd7f27f491a838dae6db45a12b"),
     "matched": ("lmd_matched.tar.gz", "621ff830aed771f469e5bfa13dc12a33c6ed69090adeda63d0b5c47783af0191"),
     "clean": ("clean_midi.tar.gz", "de1bb64cbc0cf35545a05b5c3e786aa6890cfa144edffc4b827ff41bf8c33dc5"),
 }
-FOLK_BOOKS = ("airdsAirs", "essenFolksong", "oneills1850", "ryansMammoth")  # of music21, public domain
+FOLK_BOOKS = ("airdsAirs", "essenFolksong", "oneills1850", "ryansMammoth")  # in music21, public domain
 MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
-# What no honest archive of MIDI files comes near: Lakh has 178,561 members, 6 GB in all, packed 3:1.
+# What no honest archive of MIDI files comes near: Lakh has 178,561 members, about 6 GB in all, packed about 3:1.
 MAX_MEMBERS = 1_000_000
 MAX_FILE_BYTES = 16 * 2**20
-MAX_TOTAL_BYTES = 64 * 2**30
-MAX_RATIO = 200  # of the whole archive, above 256 MiB unpacked
-SPARE_BYTES = 256 * 2**20  # left free on the disk
+MAX_UNPACKED_BYTES = 256 * 2**30
+MAX_RATIO = 200  # unpacked to packed, of the whole archive
+FREE_RATIO_BYTES = 256 * 2**20  # a few equal files pack so well that small archives may have any ratio
+SPARE_DISK_BYTES = 256 * 2**20
 
 
 class Skip(Exception):
@@ -453,23 +455,25 @@ class Skip(Exception):
 
 
 def source_id(cfg):
-    """What tells the source that the knobs name from any other, found without reading it. Raises UserError."""
+    """A dict that tells the source from any other without reading it. Raises UserError if there is none."""
     chosen = [knob for knob in ("LMD_DOWNLOAD", "LMD_ZIP_PATH", "USE_LOCAL_MIDI") if getattr(cfg, knob)]
-    need(len(chosen) <= 1, f"{' and '.join(chosen)} each name a source of MIDI files; set one of them")
+    need(len(chosen) <= 1, f"{' and '.join(chosen)} each name a source of MIDI files; set only one of them")
     if cfg.LMD_DOWNLOAD:
         need(cfg.LMD_DOWNLOAD in LAKH, f"LMD_DOWNLOAD is {cfg.LMD_DOWNLOAD!r}; choose {', '.join(LAKH)}")
         return dict(zip(("archive", "sha256"), LAKH[cfg.LMD_DOWNLOAD], strict=True))
     if cfg.LMD_ZIP_PATH:
         path = Path(cfg.LMD_ZIP_PATH)
-        need(not path.is_dir(), f"LMD_ZIP_PATH {path} is a folder; use USE_LOCAL_MIDI and LOCAL_MIDI_ROOT for it")
-        need(path.is_file(), f"LMD_ZIP_PATH: there is no file {path}")
+        need(path.is_file(), f"LMD_ZIP_PATH: there is no file {path} (LOCAL_MIDI_ROOT takes a folder)")
         return {"archive": path.name, "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
     if cfg.USE_LOCAL_MIDI:
-        need(cfg.LOCAL_MIDI_ROOT, "USE_LOCAL_MIDI needs LOCAL_MIDI_ROOT, the folder of your MIDI files")
-        need(os.path.isdir(cfg.LOCAL_MIDI_ROOT), f"LOCAL_MIDI_ROOT: there is no folder {cfg.LOCAL_MIDI_ROOT}")
-        found = ((name, os.lstat(path)) for name, path in walk(cfg.LOCAL_MIDI_ROOT) if is_midi(name))
-        return {"folder": cfg.LOCAL_MIDI_ROOT, "digest": digest([(n, s.st_size, s.st_mtime_ns) for n, s in found])}
-    return {package: importlib.metadata.version(package) for package in ("music21", "symusic")}  # tunes and abc2midi
+        root = cfg.LOCAL_MIDI_ROOT
+        need(root and os.path.isdir(root), f"USE_LOCAL_MIDI: LOCAL_MIDI_ROOT {root!r} is no folder")
+        found = ((name, os.lstat(path)) for name, path in walk(root) if is_midi(name))
+        return {"folder": root, "digest": digest([(name, s.st_size, s.st_mtime_ns) for name, s in found])}
+    return {package: importlib.metadata.version(package) for package in ("music21", "symusic")}
+
+
+# --- names
 
 
 def is_midi(name):
@@ -477,68 +481,58 @@ def is_midi(name):
 
 
 def rank(name):
-    """A place in an order that has nothing to do with that of the archive or the file system."""
+    """A number that orders names as neither the archive nor the file system does."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-# --- names
-
-
 def check_name(name):
-    """The parts of a member's name; raises Skip for what is no MIDI file or would lead out of the folder."""
+    """The parts of a name; raises Skip for what is no MIDI file, or would lead out of its folder."""
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")]
     if not is_midi(name):
-        raise Skip("archive in the archive" if name.lower().endswith(ARCHIVE_SUFFIXES) else "not a MIDI file by its name")
+        raise Skip("not .mid, .midi, .kar or .rmi")  # an archive in the archive, too
     if name[0] in "/\\" or name[1] == ":" or ".." in parts or "\0" in name:
         raise Skip("unsafe path")
-    if any(part.startswith(".") or part == "__MACOSX" for part in parts):  # macOS hides resource forks as ._name
-        raise Skip("hidden file")
-    if max(len(part.encode("utf-8", "surrogatepass")) for part in parts) > 240 or len(name) > 400:
+    if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+        raise Skip("hidden")  # macOS packs a resource fork ._a.mid with every a.mid
+    if len(name) > 400 or max(len(part.encode("utf-8", "surrogatepass")) for part in parts) > 240:
         raise Skip("name too long")
     return parts
 
 
-# What some file system can't hold: reserved and control characters, bytes that are no UTF-8, a dot or blank at the end,
-# and the device names of Windows, which are prefixed.
-UNPORTABLE = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]|[. ]\Z|^(?=(con|prn|aux|nul|com\d|lpt\d)(\.|\Z))', re.I)
+# Reserved and control characters, bytes that are no UTF-8 (tarfile makes surrogates of them), a final dot or blank.
+UNPORTABLE = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]|[. ]\Z')
 
 
 def portable_path(parts, taken):
-    """A relative path for every system, unlike all in the Counter `taken` even where case and accents are ignored."""
+    """A path for every file system, unlike all in the Counter `taken` even where case does not count."""
     *folders, file = (UNPORTABLE.sub("_", part) for part in parts)
-    path = first = "/".join([folder + "_" * is_midi(folder) for folder in folders] + [file])  # a.mid/ must not bar a.mid
+    path = first = "/".join([folder + "_" * is_midi(folder) for folder in folders] + [file])  # a.mid/ and a.mid
 
     def key(path):
         return unicodedata.normalize("NFC", path).casefold()
 
     while taken[key(path)]:
         taken[key(first)] += 1
-        path = "-{}".format(taken[key(first)]).join(os.path.splitext(first))
+        path = f"-{taken[key(first)]}".join(os.path.splitext(first))
     taken[key(path)] += 1
     return path
 
 
-# --- archives: each yields (name of a member, function that reads it)
-
-
-def open_archive(path):
-    """The members of a ZIP or tar, by its content, whatever its name."""
-    with open(path, "rb") as file:
-        return zip_members(path) if file.read(4) in (b"PK\3\4", b"PK\5\6") else tar_members(path)
+# --- archives: generators of (name of a member, function that reads it or raises Skip)
 
 
 def check_bomb(path, unpacked):
-    allowed = 2**28 + MAX_RATIO * os.path.getsize(path)
-    need(unpacked <= allowed, f"{path} unpacks to more than {allowed:,} bytes: refused as an archive made to fill the disk")
+    limit = min(MAX_UNPACKED_BYTES, FREE_RATIO_BYTES + MAX_RATIO * os.path.getsize(path))
+    need(unpacked <= limit, f"{path} unpacks to more than {limit:,} bytes: refused as made to do harm")
 
 
 def zip_members(path):
     with zipfile.ZipFile(path) as archive:
         infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
-        check_bomb(path, sum(info.file_size for info in infos))  # no more than that is read, whatever comes
+        check_bomb(path, sum(info.file_size for info in infos))  # zipfile reads no more than is declared
         ends = [info.header_offset + 30 + info.compress_size for info in infos]
-        need(all(end <= info.header_offset for end, info in zip(ends, infos[1:], strict=False)),
-             f"{path} has members that overlap: refused as an archive made to fill the disk")
+        overlap = any(end > info.header_offset for end, info in zip(ends, infos[1:], strict=False))
+        need(not overlap, f"{path} has members that overlap: refused as made to do harm")
         for info in tqdm(infos, "extract", unit="file", disable=None):
             if not info.is_dir():
                 yield info.orig_filename, functools.partial(read_zip_member, archive, info)
@@ -557,7 +551,7 @@ def read_zip_member(archive, info):
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a header that is cut off or garbled for the end, and reads long names of any length into memory."""
+    """tarfile takes a damaged header for the end of the archive, and reads long names of any length."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -568,20 +562,20 @@ class StrictTarInfo(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
         if not info.isreg() and info.size > 2**20:
-            raise tarfile.ReadError("a header that is larger than 1 MiB")
+            raise tarfile.ReadError("a header of more than 1 MiB")
         return info
 
 
 def tar_members(path):
-    """Reads the tar once, in order. Decompressed here and to the end, since only that verifies its checksum."""
+    """Read once, in order, and decompressed to the end, which is where the checksum stands."""
     openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
-    with open(path, "rb") as file, tqdm.wrapattr(file, "read", os.path.getsize(path), desc="extract", disable=None) as packed:
-        magic = file.read(2)
+    size = os.path.getsize(path)
+    with open(path, "rb") as file, tqdm.wrapattr(file, "read", size, desc="extract", disable=None) as packed:
+        stream = openers.get(file.read(2), lambda packed: packed)(packed)
         file.seek(0)
-        stream = openers[magic](packed) if magic in openers else packed
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as tar:
             for member in iter(tar.next, None):
-                tar.members.clear()  # or it would keep all of them
+                tar.members.clear()  # or memory would grow with the archive
                 check_bomb(path, tar.offset)
                 if not member.isdir():
                     yield member.name, functools.partial(read_tar_member, tar, member)
@@ -597,106 +591,28 @@ def read_tar_member(tar, member):
     return tar.extractfile(member).read(MAX_FILE_BYTES + 1)
 
 
-# --- download
-
-
-def download(url, path, *, sha256=None, patience=(2, 10, 60)):
-    """Fetches `url` to `path`, unless it is there, and returns the path. An attempt that broke off is continued.
-
-    `patience`: seconds to wait after each attempt in a row that brought nothing. Raises UserError when the file can't be
-    had or is not the one with the checksum; `path` exists only when the file is whole.
-    """
-    path = Path(path)
-    part, waits, best = path.with_name(path.name + ".part"), list(patience), 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while not path.exists():
-        try:
-            fetch_rest(url, part)
-            check_sum(url, part, sha256)
-            os.replace(part, path)
-            part.with_suffix(".json").unlink(missing_ok=True)
-        except requests.RequestException as error:
-            got = part.stat().st_size if part.exists() else 0
-            best, waits = max(best, got), list(patience) if got > best else waits
-            refused = error.response is not None and 400 <= error.response.status_code < 500
-            need(waits and not refused, f"can't download {url} ({error}); run again to go on, or fetch it in another way")
-            time.sleep(waits.pop(0))
-        except OSError as error:
-            raise UserError(f"can't write {part}: {error.strerror}") from error
-    return path
-
-
-def fetch_rest(url, part):
-    """One request for what `part` lacks, or for all of it unless the server says that it still has the same file."""
-    note = part.with_suffix(".json")  # written after the part is emptied, before anything is added
-    known = read_json(note, {}) if part.exists() else {}
-    have = part.stat().st_size if known.get("tag") else 0
-    if have and have == known["total"]:
-        return
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-", "If-Range": known["tag"]} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=30) as reply:
-        if reply.status_code == 416:  # the file has become shorter
-            note.unlink()
-            raise requests.ConnectionError("the file has changed on the server")
-        reply.raise_for_status()
-        etag = reply.headers.get("ETag", "W/")  # a weak one does not promise equal bytes
-        tag = reply.headers.get("Last-Modified", "") if etag.startswith("W/") else etag
-        span = re.match(rf"bytes {have}-\d+/(\d+)", reply.headers.get("Content-Range", ""))
-        if reply.status_code == 206 and not (span and tag == known["tag"]):
-            note.unlink()
-            raise requests.ConnectionError("the file has changed on the server")
-        have = have if reply.status_code == 206 else 0
-        total = int(span[1] if have else reply.headers.get("Content-Length", 0))
-        if reply.headers.get("Content-Encoding", "identity") != "identity":  # lengths would be those of the packed bytes
-            tag, total = "", 0
-        need(shutil.disk_usage(part.parent).free > total - have + SPARE_BYTES, f"the disk of {part.parent} is full")
-        bar = tqdm(desc=part.stem, total=total or None, initial=have, unit="B", unit_scale=True, disable=None)
-        with bar, open(part, "ab" if have else "wb") as out:
-            write_json(note, {"tag": tag, "total": total})
-            for chunk in reply.iter_content(2**20):
-                bar.update(out.write(chunk))
-    if total and part.stat().st_size != total:
-        raise requests.ConnectionError(f"{part.stat().st_size:,} of {total:,} bytes came")
-
-
-def check_sum(url, part, sha256):
-    if sha256:
-        with open(part, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256:
-            part.unlink()
-            raise UserError(f"what came from {url} is not the known file (SHA-256 {found}); run again to fetch it anew")
-
-
-# --- the embedded corpus
+# --- the folk tunes bundled with music21
 
 
 def folk_members(cfg):
-    """The folk tunes bundled with music21, as MIDI files made here: whole books crash abc2midi, single tunes do not."""
-    corpus = Path(importlib.util.find_spec("music21").origin).parent / "corpus"  # importing music21 takes seconds
+    """The tunes turned into MIDI files, in the order of their rank, of which the first MAX_MIDI_FILES will be used."""
+    corpus = Path(importlib.util.find_spec("music21").origin).parent / "corpus"  # importing it would take seconds
     tunes = {}
-    for book in sorted(path for folder in FOLK_BOOKS for path in (corpus / folder).glob("*.abc")):
+    for book in (path for folder in FOLK_BOOKS for path in (corpus / folder).glob("*.abc")):
         for tune in re.split(rb"^(?=X:)", book.read_bytes(), flags=re.M)[1:]:
             number = int(re.match(rb"X:\s*(\d+)", tune)[1])
             tunes[f"{book.parent.name}/{book.stem}_{number:04d}.mid"] = tune
-    names = heapq.nsmallest(cfg.MAX_MIDI_FILES or len(tunes), tunes, key=rank)
-    for name in tunes.keys() - set(names):
-        yield name, functools.partial(midi_or_skip, b"", "over MAX_MIDI_FILES")
-    with abc2midi_program() as program, ThreadPool(cfg.workers) as pool:
-        made = pool.imap(lambda name: run_abc2midi(program, tunes[name]), names)
-        for name, (midi, reason) in zip(names, tqdm(made, "extract", len(names), unit="tune", disable=None), strict=True):
-            yield name, functools.partial(midi_or_skip, midi, reason)
-
-
-def midi_or_skip(midi, reason):
-    if reason:
-        raise Skip(reason)
-    return midi
+    names = sorted(tunes, key=rank)
+    with abc2midi_program() as program, ThreadPool(2 * cfg.workers) as pool:  # twice, as threads wait for processes
+        make = functools.partial(run_abc2midi, program)
+        jobs = {name: pool.apply_async(make, [tunes[name]]) for name in names[:cfg.MAX_MIDI_FILES or None]}
+        for name in tqdm(names, "extract", unit="tune", disable=None):
+            yield name, jobs[name].get if name in jobs else functools.partial(make, tunes[name])
 
 
 @contextlib.contextmanager
 def abc2midi_program():
-    """A private copy of the abc2midi in symusic, where it lacks the run bit."""
+    """Yields the path of a private copy of the abc2midi in symusic, which pip leaves without the run bit."""
     bundled = Path(importlib.util.find_spec("symusic").origin).parent / "bin"
     with tempfile.TemporaryDirectory(prefix="abc2midi") as folder:
         program = Path(shutil.copy(next(bundled.glob("abc2midi*")), folder))
@@ -705,54 +621,100 @@ def abc2midi_program():
 
 
 def run_abc2midi(program, abc, timeout_s=20):
-    """(bytes of a MIDI file, "") for the bytes of one tune, or (b"", why there is none)."""
-    handle, midi = tempfile.mkstemp(".mid", dir=program.parent)
-    os.close(handle)
+    """The bytes of a MIDI file for those of one tune (whole books crash abc2midi). Raises Skip, UserError."""
+    midi = program.with_name(f"{threading.get_ident()}.mid")
     try:
-        done = subprocess.run([program, "-", "-o", midi], input=abc, capture_output=True, timeout=timeout_s)
-        return (Path(midi).read_bytes(), "") if done.returncode == 0 else (b"", "abc2midi failed")
+        done = subprocess.run([program, "-", "-o", midi], input=abc, timeout=timeout_s,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if done.returncode or not midi.exists():
+            raise Skip("abc2midi failed")
+        return midi.read_bytes()
     except subprocess.TimeoutExpired:
-        return b"", "abc2midi timed out"
+        raise Skip("abc2midi timed out") from None
     except OSError as error:
-        raise UserError(f"can't run abc2midi ({error}); set TMPDIR to a folder that allows programs") from error
+        raise UserError(f"can't run abc2midi ({error}); set TMPDIR to a folder where programs run") from error
     finally:
-        os.unlink(midi)
+        midi.unlink(missing_ok=True)
+
+
+# --- download
+
+
+def download(url, path, *, sha256=None, pauses=(2, 10, 30)):
+    """Fetches `url` to `path`, unless it is there; returns `path`. Goes on where an earlier attempt broke off.
+
+    `pauses`: seconds to wait between attempts. Raises UserError for a file that can't be had or is not the known one.
+    """
+    path = Path(path)
+    part, waits = path.with_name(path.name + ".part"), list(pauses)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while not path.exists():
+        try:
+            fetch_rest(url, part)
+            with open(part, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
+            os.replace(part, path if found == sha256 else part.with_suffix(".wrong"))
+            need(found == sha256, f"{url} is not the known file: its SHA-256 is {found}; run again to retry")
+        except requests.RequestException as error:
+            refused = error.response is not None and error.response.status_code < 500
+            need(waits and not refused, f"can't download {url} ({error}); run again to go on where it stopped")
+            time.sleep(waits.pop(0))
+        except OSError as error:
+            raise UserError(f"can't write {part}: {error.strerror}") from error
+    return path
+
+
+def fetch_rest(url, part):
+    """One request for what `part` lacks, or for all unless the server says that the file is the same."""
+    note = part.with_suffix(".json")  # which file `part` is the beginning of
+    known = read_json(note, {}) if part.exists() else {}
+    have = part.stat().st_size if known.get("tag") else 0
+    if have and have == known["total"]:
+        return
+    asked = {"Range": f"bytes={have}-", "If-Range": known["tag"]} if have else {}
+    asked["Accept-Encoding"] = "identity"  # or lengths would be those of packed bytes
+    with requests.get(url, headers=asked, stream=True, timeout=30) as reply:
+        etag = reply.headers.get("ETag", "W/")  # a weak one does not promise equal bytes
+        tag = reply.headers.get("Last-Modified", "") if etag.startswith("W/") else etag
+        span = re.match(rf"bytes {have}-\d+/(\d+)", reply.headers.get("Content-Range", ""))
+        if have and reply.status_code in (206, 416) and not (span and tag == known["tag"]):
+            note.unlink()
+            raise requests.ConnectionError("the file has changed on the server")
+        reply.raise_for_status()
+        have = have if reply.status_code == 206 else 0
+        total = int(span[1] if have else reply.headers.get("Content-Length", 0))
+        need(shutil.disk_usage(part.parent).free > total - have + SPARE_DISK_BYTES, f"no space for {part}")
+        bar = tqdm(None, part.stem, total or None, initial=have, unit="B", unit_scale=True, disable=None)
+        with bar, open(part, "ab" if have else "wb") as out:
+            write_json(note, {"tag": tag, "total": total})  # after `part` is emptied, before anything is added
+            for chunk in reply.iter_content(2**20):
+                bar.update(out.write(chunk))
+    if total and part.stat().st_size != total:
+        raise requests.ConnectionError(f"only {part.stat().st_size:,} of {total:,} bytes came")
 
 
 # --- the stage
 
 
-def write_members(members, cfg):
-    """Writes the MIDI files among `members` below midi_root; returns the books of it.
+def collect(members, limit, take):
+    """The books over `members`: `take(name, parts, read)` returns the path of a file or raises Skip.
 
-    Memory holds names only. Files are written under their final names with no fsync: a file that a killed run left half
-    written is in no index, and the next run sees that its bytes differ and writes it again.
+    Memory holds names only. Of more than `limit` files (0: no limit) those of lowest rank are kept.
     """
-    root, limit = prepare_root(cfg.midi_root), cfg.MAX_MIDI_FILES or MAX_MEMBERS
-    seen, total, skipped, taken, folders = 0, 0, Counter(), Counter(), set()
-    kept = []  # a heap with the highest rank on top: an archive that is read once shows only at its end which to keep
-    for name, read in members:
-        seen += 1
-        need(seen <= MAX_MEMBERS, f"the archive has more than {MAX_MEMBERS:,} members")
+    seen, skipped, kept = 0, Counter(), []  # a heap: what an archive holds is known only at its end
+    for seen, (name, read) in enumerate(members, 1):
+        need(seen <= MAX_MEMBERS, f"more than {MAX_MEMBERS:,} files")
         try:
-            path = portable_path(check_name(name), taken)
-            if len(kept) == limit and rank(path) > -kept[0][0]:
+            parts = check_name(name)
+            if limit and len(kept) == limit and -rank(name) < kept[0][0]:
                 raise Skip("over MAX_MIDI_FILES")
-            data = read()
-            check_size(len(data))
+            heapq.heappush(kept, (-rank(name), take(name, parts, read)))
+            if limit and len(kept) > limit:
+                heapq.heappop(kept)  # its file stays on the disk, unused
+                raise Skip("over MAX_MIDI_FILES")
         except Skip as reason:
             skipped[str(reason)] += 1
-            continue
-        total += len(data)
-        need(total <= MAX_TOTAL_BYTES, f"the archive holds more than {MAX_TOTAL_BYTES:,} bytes of MIDI files")
-        new = store(root, path, data, folders)
-        heapq.heappush(kept, (-rank(path), path, new))
-        if len(kept) > limit:
-            _, path, new = heapq.heappop(kept)
-            skipped["over MAX_MIDI_FILES"] += 1
-            if new:
-                Path(root, path).unlink()
-    return {"files": sorted(path for _, path, _ in kept), "skipped": dict(skipped), "seen": seen}
+    return {"files": sorted(path for _, path in kept), "skipped": dict(skipped), "seen": seen}
 
 
 def check_size(size):
@@ -760,93 +722,96 @@ def check_size(size):
         raise Skip(f"larger than {MAX_FILE_BYTES >> 20} MiB" if size else "empty")
 
 
-def prepare_root(root):
-    """Makes the folder for extracted files and marks it, so that no file in it is replaced that came from elsewhere."""
-    marker = root / ".extracted_by_LakhMIDI"
+def write_members(members, cfg):
+    """Writes MIDI files below midi_root. Raises UserError for a folder that others have filled."""
+    root, taken, folders = cfg.midi_root, Counter(), set()
+    marker = root / ".extracted_by_LakhMIDI"  # all beside it is ours to replace
     need(not root.exists() or marker.exists() or not any(root.iterdir()),
-         f"{root} holds files from elsewhere; set MIDI_ROOT to an empty folder, or read them with USE_LOCAL_MIDI")
+         f"{root} holds other files; set MIDI_ROOT to an empty folder, or read them with USE_LOCAL_MIDI")
     root.mkdir(parents=True, exist_ok=True)
     marker.touch()
-    return root
+
+    def take(name, parts, read):
+        path, data = portable_path(parts, taken), read()
+        check_size(len(data))
+        write_member(root, root / path, data, folders)
+        return path
+
+    return collect(members, cfg.MAX_MIDI_FILES, take)
 
 
-def store(root, path, data, folders):
-    """Writes a file below `root` unless it is there already; returns whether it wrote. `folders`: those found safe."""
-    target = root / path
+def write_member(root, target, data, folders):
+    """Writes a file, unless it is there, and never through a link. `folders`: those known to be below `root`.
+
+    No fsync and no renaming: what a killed run left half written is in no index, and its bytes differ next time.
+    """
     try:
+        need(shutil.disk_usage(root).free > SPARE_DISK_BYTES, f"the disk of {root} is full")
         if target.parent not in folders:
-            need(Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(root)),
-                 f"{target.parent} is a link that leads out of {root}; remove it")
+            inside = Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(root))
+            need(inside, f"{target.parent} is a link that leads out of {root}; remove it")
             target.parent.mkdir(parents=True, exist_ok=True)
             folders.add(target.parent)
-        if os.path.lexists(target):
-            found = target.lstat()
-            if stat.S_ISREG(found.st_mode) and found.st_size == len(data) and target.read_bytes() == data:
-                return False
-            target.unlink()
-        need(shutil.disk_usage(root).free > SPARE_BYTES + len(data), f"the disk of {root} is full")
-        with open(target, "xb") as out:  # x: never through a link, never into a file that has a second name elsewhere
-            out.write(data)
-        return True
+        if target.is_symlink() or not target.is_file() or target.read_bytes() != data:
+            target.unlink(missing_ok=True)  # rather than written into: it may have a second name elsewhere
+            with open(target, "xb") as out:
+                out.write(data)
     except OSError as error:
         raise UserError(f"can't write {target}: {error.strerror}") from error
 
 
 def walk(root):
-    """(relative POSIX path, path) of everything in a folder but folders, in a fixed order; links are not followed."""
-    for base, folders, files in os.walk(root):
-        folders.sort()
+    """(relative POSIX path, path) of all files in a folder; links to folders are not followed."""
+    for base, _, files in os.walk(root):
         for path in (os.path.join(base, file) for file in sorted(files)):
             yield Path(os.path.relpath(path, root)).as_posix(), path
 
 
 def index_folder(cfg):
-    """The books of LOCAL_MIDI_ROOT, which is only read. Raises UserError where results would be written into it."""
+    """The books of LOCAL_MIDI_ROOT, which is only read."""
     root = Path(cfg.LOCAL_MIDI_ROOT)
     for knob in ("DATA_ROOT", "SAVE_DIR"):
-        need(not Path(os.path.abspath(getattr(cfg, knob))).is_relative_to(os.path.abspath(root)),
-             f"{knob} is inside LOCAL_MIDI_ROOT, where nothing is written; move one of them")
-    files, seen, skipped = [], 0, Counter()
-    for name, path in walk(root):
-        seen += 1
-        try:
-            check_name(name)
-            if not os.path.isfile(path):
-                raise Skip("link or device")
-            check_size(os.path.getsize(path))
-            files.append(name)
-        except Skip as reason:
-            skipped[str(reason)] += 1
-    if cfg.MAX_MIDI_FILES and len(files) > cfg.MAX_MIDI_FILES:
-        skipped["over MAX_MIDI_FILES"] = len(files) - cfg.MAX_MIDI_FILES
-        files = heapq.nsmallest(cfg.MAX_MIDI_FILES, files, key=rank)
-    return {"files": sorted(files), "skipped": dict(skipped), "seen": seen}
+        inside = Path(os.path.realpath(getattr(cfg, knob))).is_relative_to(os.path.realpath(root))
+        need(not inside, f"{knob} is inside LOCAL_MIDI_ROOT, where nothing is written; move one of them")
+
+    def take(name, parts, path):
+        if re.search("[\ud800-\udfff]", name):
+            raise Skip("name that is not UTF-8")
+        if not os.path.isfile(path):
+            raise Skip("broken link or device")
+        check_size(os.path.getsize(path))
+        return name
+
+    return collect(walk(root), cfg.MAX_MIDI_FILES, take)
 
 
-def write_source(cfg):
-    """The books of whatever source is not a folder. Raises UserError for an archive that can't be read to its end."""
-    path = cfg.LMD_ZIP_PATH
-    if cfg.LMD_DOWNLOAD:
-        name, checksum = LAKH[cfg.LMD_DOWNLOAD]
-        path = download(LAKH_URL + name, Path(cfg.DATA_ROOT, "downloads", name), sha256=checksum)
-    if not path:
-        return write_members(folk_members(cfg), cfg)
+def read_archive(path, cfg):
+    """The books of an archive, known by its content. Raises UserError for one that can't be read to its end."""
     try:
-        return write_members(open_archive(path), cfg)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, OverflowError,
-            RecursionError, UnicodeError) as error:
+        with open(path, "rb") as file:
+            members = zip_members if file.read(4) in (b"PK\3\4", b"PK\5\6") else tar_members
+        return write_members(members(path), cfg)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError,
+            OverflowError, RecursionError, UnicodeError) as error:
         raise UserError(f"{path} is no ZIP or tar archive, or is cut off or damaged ({error})") from error
 
 
 @stage(version=1, knobs="source MAX_MIDI_FILES MIDI_ROOT")
 def extract(cfg):
-    """Puts the MIDI files of the source in midi_root, or leaves them where they are; the index says which to use."""
-    index, source = Path(cfg.DATA_ROOT, "midi_index.json"), source_id(cfg)
+    """Puts the MIDI files of the source into midi_root; midi_index.json says which of those there to use."""
+    index, source, archive = Path(cfg.DATA_ROOT, "midi_index.json"), source_id(cfg), cfg.LMD_ZIP_PATH
     index.unlink(missing_ok=True)
-    books = index_folder(cfg) if cfg.USE_LOCAL_MIDI else write_source(cfg)
-    assert books["seen"] == len(books["files"]) + sum(books["skipped"].values()), books["skipped"]
-    need(books["files"], f"no MIDI files in {cfg.LMD_ZIP_PATH or cfg.midi_root}; skipped: {books['skipped'] or 'nothing'}")
-    say(f"extract   {len(books['files']):,} of {books['seen']:,} files are MIDI files to use; skipped: {books['skipped'] or 'none'}")
+    if cfg.LMD_DOWNLOAD:
+        name, sha256 = LAKH[cfg.LMD_DOWNLOAD]
+        archive = download(LAKH_URL + name, Path(cfg.DATA_ROOT, "downloads", name), sha256=sha256)
+    if cfg.USE_LOCAL_MIDI:
+        books = index_folder(cfg)
+    else:
+        books = read_archive(archive, cfg) if archive else write_members(folk_members(cfg), cfg)
+    files, skipped = books["files"], books["skipped"]
+    assert books["seen"] == len(files) + sum(skipped.values()), skipped
+    need(files, f"no MIDI files in {archive or cfg.midi_root}; skipped: {skipped or 'nothing'}")
+    say(f"extract   {len(files):,} MIDI files of {books['seen']:,} files; skipped: {skipped or 'none'}")
     write_json(index, {"source": source, "root": str(cfg.midi_root), **books})
     return [index] if cfg.USE_LOCAL_MIDI else [index, cfg.midi_root]
 
@@ -862,7 +827,9 @@ NATURAL = (0, 2, 4, 5, 7, 9, 11)  # semitones of C D E F G A B
 MARKS = {-2: "__", -1: "_", 0: "=", 1: "^", 2: "^^"}
 KEYS = ("Db", "Ab", "Eb", "Bb", "F", "C", "G", "D", "A", "E", "B", "F#")  # signatures -5 ... 6
 MINOR = ("Bbm", "Fm", "Cm", "Gm", "Dm", "Am", "Em", "Bm", "F#m", "C#m", "G#m", "D#m")
-DRUM_KEY = "G"  # every drum voice: its one sharp is the closed hi-hat, the most frequent drum
+MAX_LAYERS = 4  # chords of a voice that may overlap; more buys little and costs length
+UNITS = (1, 2, 4, 8, 16, 32)  # L:1/n
+DRUM_KEY = 6  # G major in every drum voice: its one sharp is the closed hi-hat, the most frequent drum
 # Krumhansl & Kessler 1982, probe-tone ratings of the twelve pitch classes from the tonic up
 MAJOR_PROFILE = (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88)
 MINOR_PROFILE = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)
@@ -977,7 +944,7 @@ def choose_grid(onset, key):
     """Step in ticks for a file, and whether some of its beats are triplets. `onset` is sorted within equal `key`."""
     same = key[1:] == key[:-1]
     merged = [np.count_nonzero(same & (np.diff(np.rint(onset * n)) == 0)) for n in (8, 16)]
-    step = 3 if merged[0] - merged[1] > 0.002 * len(onset) else 6
+    step = 3 if merged[0] - merged[1] > 0.004 * len(onset) else 6
     on8 = np.abs(onset * 8 - np.rint(onset * 8)) < 0.16  # within 1/50 beat of the grid
     on6 = np.abs(onset * 6 - np.rint(onset * 6)) < 0.12
     return step, np.mean(on8 | on6) > 0.9 and np.mean(on6 & ~on8) > 0.01
@@ -1030,7 +997,25 @@ def grid_notes(notes, bars, step, triplet):
     struck = np.append(np.where(np.diff(key) == 0, start[1:], 2**60), 2**60)
     if triplet is not None:  # a shortest note may have left the 1/6 grid
         end = np.where(triplet[voice, (end - 1) // BEAT], -(-end // 8) * 8, end)
-    return voice, pitch, start, np.minimum(end, struck)
+    return voice, pitch, start, limit_layers(voice, start, np.minimum(end, struck), MAX_LAYERS)
+
+
+def limit_layers(voice, start, end, most):
+    """Cut ends so that at most `most` chords of a voice sound at once; what would end first ends early."""
+    span = end.max() + 1
+    chords, chord = np.unique((voice * span + start) * span + end, return_inverse=True)
+    low, high = chords // span, chords // span**2 * span + chords % span  # starts and ends, voice after voice
+    depth = np.arange(1, len(chords) + 1) - np.searchsorted(np.sort(high), low, "right")
+    high_list, sounding = high.tolist(), []
+    for i in np.flatnonzero(np.isin(low // span, low[depth > most] // span)).tolist():
+        sounding = [(t, k) for t, k in sounding if t > low[i]]
+        if len(sounding) == most:
+            first = min(sounding)
+            sounding.remove(first)
+            if low[first[1]] < low[i]:
+                high_list[first[1]] = int(low[i])
+        sounding.append((high_list[i], i))
+    return (np.array(high_list) % span)[chord]
 
 
 # --- writing
@@ -1058,7 +1043,6 @@ def spelling(key, octave):
         letter = 4 * fifth % 7
         height = (pitch - alter) // 12 - 5 - octave  # 0 = the octave of middle C
         name = LETTERS[letter] + "," * -height if height <= 0 else LETTERS[letter].lower() + "'" * (height - 1)
-        away = alter != (sharps + 5 - 2 * letter % 7) // 7
         away = not sharps - 1 <= fifth <= sharps + 5
         names.append(MARKS[alter] + name if away else name)
         marked.append(MARKS[alter] + name)
@@ -1074,15 +1058,17 @@ def length_text(ticks, unit):
     return (str(num) if num > 1 else "") + {1: "", 2: "/"}.get(den, f"/{den}")
 
 
-def choose_unit(lengths):
-    """Lengths in ticks -> (denominator of the L: field that makes the text shortest, {length: its text})."""
-    lengths, counts = np.unique(lengths, return_counts=True)
-    options = []
-    for den in (4, 8, 16, 32):
-        texts = [length_text(ticks, 4 * BEAT // den) for ticks in lengths.tolist()]
-        options.append((sum(len(t) * n for t, n in zip(texts, counts.tolist())), den, texts))
-    _, den, texts = min(options)
-    return den, dict(zip(lengths.tolist(), texts))
+def choose_units(voice, length, n_voices):
+    """Lengths in ticks -> (the L: that suits the file, the L: of each voice, the text of each length)."""
+    lengths, which = np.unique(length, return_inverse=True)
+    texts = [[length_text(ticks, 4 * BEAT // den) for ticks in lengths.tolist()] for den in UNITS]
+    count = np.bincount(voice * len(lengths) + which, minlength=n_voices * len(lengths)).reshape(n_voices, -1)
+    cost = count @ np.array([[len(text) for text in row] for row in texts]).T  # (voices, units)
+    common, best = cost.sum(0).argmin(), cost.argmin(1)
+    best = np.where(cost.min(1) + len("\nL:1/16") < cost[:, common], best, common)
+    texts = sum(texts, [])
+    return (UNITS[common], [UNITS[unit] for unit in best.tolist()],
+            [texts[i] for i in (best[voice] * len(lengths) + which).tolist()])
 
 
 def split_at(cut, pieces, start, end):
@@ -1093,9 +1079,7 @@ def split_at(cut, pieces, start, end):
 
 
 def split_triplets(index, voice, start, end, triplet):
-    """Cut whatever enters or leaves a triplet beat half-way at the border of that beat."""
-    for edge, side in ((start, 1), (end, -1)):
-        pass
+    """Cut what enters or leaves a triplet beat half-way at the border of that beat."""
     inside = triplet[voice[index], start // BEAT] & (start % BEAT != 0)
     index, start, end = split_at(np.where(inside, -(-start // BEAT) * BEAT, start), index, start, end)
     inside = triplet[voice[index], (end - 1) // BEAT] & (end % BEAT != 0)
@@ -1123,28 +1107,52 @@ def assign_layers(group, start, end):
     return layer
 
 
-def make_events(voice, pitch, start, end, bars, triplet):
-    """Quantised notes -> pieces within bars, grouped into chords and layers.
-
-    Returns (order of pieces, tie per piece, first piece and size of each chord, its bar, voice, layer, start, end).
-    """
+def bar_pieces(voice, start, end, bars, triplet):
+    """Notes cut at bar lines and at the borders of triplet beats -> (note, bar, start, end) of each piece."""
     first, last = np.searchsorted(bars, start, "right") - 1, np.searchsorted(bars, end) - 1
-    index = np.repeat(np.arange(len(start)), last - first + 1)
-    bar = np.repeat(first - np.append(0, np.cumsum(last - first + 1)[:-1]), last - first + 1) + np.arange(len(index))
+    n = last - first + 1
+    index = np.repeat(np.arange(len(start)), n)
+    bar = np.repeat(first - np.cumsum(n) + n, n) + np.arange(len(index))
     low, high = np.maximum(start[index], bars[bar]), np.minimum(end[index], bars[bar + 1])
     if triplet is not None:
         index, low, high = split_triplets(index, voice, low, high, triplet)
         bar = np.searchsorted(bars, low, "right") - 1
-    n_voices, span = voice.max() + 1, np.diff(bars).max() + 1
-    group = bar * n_voices + voice[index]
+    return index, bar, low, high
+
+
+def name_pieces(voice, pitch, group, keys, octaves):
+    """Note name of each piece. `group` numbers the bars of all voices.
+
+    A mark is written wherever a bar has a letter in two forms: a reader may let accidentals last to the bar line or not.
+    """
+    tables = [spelling(key, octave) for key, octave in zip(keys, octaves)]
+    letters, foreign = np.array([t[1] for t in tables]), np.array([t[2] for t in tables])
+    slot, away = group * 7 + letters[voice, pitch], foreign[voice, pitch]
+    altered = np.zeros(slot.max() + 1, bool)
+    altered[slot[away]] = True
+    return [tables[v][0][p] for v, p in zip(voice.tolist(), (pitch + 128 * (altered[slot] & ~away)).tolist())]
+
+
+def write_chords(notes, bars, keys, octaves, triplet):
+    """Quantised notes -> (text without its length, tied, line, start, end) of each chord and the layers per voice.
+
+    A line is one layer of one voice in one bar: ((bar * voices) + voice) * layers + layer.
+    """
+    voice, pitch, start, end = notes
+    index, bar, low, high = bar_pieces(voice, start, end, bars, triplet)
+    group, span = bar * len(octaves) + voice[index], np.diff(bars).max() + 1
     slot = (group * span + low - bars[bar]) * span + high - bars[bar]
     order = np.argsort(slot * 128 + pitch[index])
-    slot, index = slot[order], index[order]
-    heads = np.flatnonzero(np.append(True, np.diff(slot) != 0))
+    slot, index, group, low, high = (column[order] for column in (slot, index, group, low, high))
+    names = name_pieces(voice[index], pitch[index], group, keys, octaves)
+    heads = np.flatnonzero(np.append(True, np.diff(slot) != 0))  # equal start and end: a chord
     size = np.diff(np.append(heads, len(slot)))
-    group, low, high = group[order], low[order], high[order]
+    tied = end[index] > high
+    n_tied = np.add.reduceat(tied.astype(int), heads)
+    texts = chord_texts(names, tied.tolist(), heads.tolist(), size.tolist(), n_tied.tolist())
     layer = assign_layers(group[heads], low[heads], high[heads])
-    return index, end[index] > high, group, heads, size, layer, low[heads], high[heads]
+    n_layers = layer.max() + 1
+    return texts, n_tied == size, group[heads] * n_layers + layer, low[heads], high[heads], n_layers
 
 
 def add_rests(line, low, high, bar_start, bar_end):
@@ -1157,50 +1165,31 @@ def add_rests(line, low, high, bar_start, bar_end):
             np.concatenate([low[gap], bar_end[close]]))
 
 
-def write_body(notes, bars, sharps, octaves, drums, triplet, fields):
-    """Quantised notes -> (L denominator, body text)."""
-    voice, pitch, start, end = notes
-    index, tied, group, heads, size, layer, low, high = make_events(voice, pitch, start, end, bars, triplet)
+def write_body(notes, bars, keys, octaves, triplet, fields):
+    """Quantised notes -> (L of the file, L of each voice, body text)."""
     n_voices = len(octaves)
-    # names: a mark is written wherever the bar holds the letter in two forms, so that no reader needs a memory
-    tables = [spelling(6 if drum else sharps, octave) for octave, drum in zip(octaves, drums)]
-    letters, foreign = np.array([t[1] for t in tables]), np.array([t[2] for t in tables])
-    v, p = voice[index], pitch[index]
-    slot, away = group * 7 + letters[v, p], foreign[v, p]
-    both = np.zeros(slot.max() + 1, bool)
-    both[slot[away]] = True
-    names = [tables[i][0][j] for i, j in zip(v.tolist(), (p + 128 * (both[slot] & ~away)).tolist())]
-    n_tied = np.add.reduceat(tied.astype(int), heads)
-    texts = chord_texts(names, tied.tolist(), heads.tolist(), size.tolist(), n_tied.tolist())
-    # lines: one for each layer of each voice in each bar
-    n_layers = layer.max() + 1
-    line = group[heads] * n_layers + layer
-    bar = line // (n_layers * n_voices)
-    order = np.argsort(line * (bars[-1] + 1) + low)
-    line, low, high, bar = line[order], low[order], high[order], bar[order]
-    rests = add_rests(line, low, high, bars[bar], bars[bar + 1])
+    texts, tied, line, low, high, n_layers = write_chords(notes, bars, keys, octaves, triplet)
+    span = bars[-1] + 1
+    order = np.argsort(line * span + low)
+    line, low, high, bar = line[order], low[order], high[order], line[order] // (n_layers * n_voices)
+    rest, rest_low, rest_high = add_rests(line, low, high, bars[bar], bars[bar + 1])
     if triplet is not None:
-        rest_index, rest_low, rest_high = split_triplets(
-            np.arange(len(rests[0])), rests[0] // n_layers % n_voices, rests[1], rests[2], triplet)
-        rests = rests[0][rest_index], rest_low, rest_high
-    item = np.concatenate([order, np.full(len(rests[0]), len(texts))])
-    line, low, high = (np.concatenate(pair) for pair in zip((line, low, high), rests))
-    order = np.argsort(line * (bars[-1] + 1) + low)
+        index, rest_low, rest_high = split_triplets(
+            np.arange(len(rest)), rest // n_layers % n_voices, rest_low, rest_high, triplet)
+        rest = rest[index]
+    item = np.append(order, np.full(len(rest), len(texts)))
+    line, low, high = np.append(line, rest), np.append(low, rest_low), np.append(high, rest_high)
+    order = np.argsort(line * span + low)
     item, line, low, high = item[order], line[order], low[order], high[order]
+    length, tuplets = (high - low, []) if triplet is None else write_tuplets(line, low, high)
+    unit, units, lengths = choose_units(line // n_layers % n_voices, length, n_voices)
     texts.append("z")
-    ties = np.append(n_tied == size, False)[item]
-    length = high - low
-    prefix = None
-    if triplet is not None:
-        length, prefix = write_tuplets(line, low, high)
-    den, lengths = choose_unit(length)
-    tokens = [texts[i] + lengths[d] for i, d in zip(item.tolist(), length.tolist())]
-    for i in np.flatnonzero(ties).tolist():
+    tokens = [texts[i] + length for i, length in zip(item.tolist(), lengths)]
+    for i in np.flatnonzero(np.append(tied, False)[item]).tolist():
         tokens[i] += "-"
-    if prefix:
-        for i, text in prefix:
-            tokens[i] = text + tokens[i]
-    return den, join_lines(tokens, line, n_layers, n_voices, len(bars) - 1, fields)
+    for i, text in tuplets:
+        tokens[i] = text + tokens[i]
+    return unit, units, join_lines(tokens, line, n_layers, n_voices, fields)
 
 
 def chord_texts(names, tied, heads, size, n_tied):
@@ -1229,12 +1218,11 @@ def write_tuplets(line, low, high):
     return length, [(i, "(3" if n == 3 else f"(3::{n}") for i, n in zip(firsts.tolist(), counts.tolist())]
 
 
-def join_lines(tokens, line, n_layers, n_voices, n_bars, fields):
+def join_lines(tokens, line, n_layers, n_voices, fields):
     """Tokens -> body: one line per bar, [V:n]layer&layer| for the voices that sound in it, Zn for bars they missed."""
     heads = np.flatnonzero(np.append(True, np.diff(line) != 0))
     due = [0] * n_voices  # the next bar that each voice has to write
     now = -1  # the bar of the line being written
-    out = []
     for i, number in zip(heads.tolist(), line[heads].tolist()):
         bar, voice, layer = number // (n_layers * n_voices), number // n_layers % n_voices, number % n_layers
         if layer:
@@ -1285,14 +1273,17 @@ def choose_octaves(voice, pitch, n_voices):
     return (np.argmin(count @ cost * 10 + np.abs(np.arange(-4, 5)), axis=1) - 4).tolist()
 
 
-def write_header(voices, octaves, den, key, fields):
-    lines = ["X:1", f"L:1/{den}", *re.findall(r"(?<=\[)[^]]*", fields.pop(0)), f"K:{key}"]
+def write_header(voices, octaves, unit, units, key, fields):
+    """Everything above the first bar. What differs between voices stands below their V: fields."""
+    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields), f"K:{key}"]
     for number, ((program, drum), octave) in enumerate(zip(voices, octaves), 1):
         lines.append(f"V:{number}" + (f" octave={octave}" if octave else ""))
         if program or not drum:
             lines.append(f"%%MIDI program {program}")
         if drum:
-            lines += ["%%MIDI channel 10", f"K:{DRUM_KEY}"]
+            lines += ["%%MIDI channel 10", f"K:{KEYS[DRUM_KEY]}"]
+        if units[number - 1] != unit:
+            lines.append(f"L:1/{units[number - 1]}")
     return "\n".join(lines)
 
 
@@ -1315,14 +1306,13 @@ def score_to_abc(score, notes, voices, cfg):
     voice, pitch, start, end = grid_notes(notes, bars, step, triplet)
     tempos, seconds = bar_tempos(score, bars)
     drums = np.array([drum for _, drum in voices])
-    tonal = pitch[~drums[voice]]
-    sharps, key = choose_key(tonal)
+    sharps, key = choose_key(pitch[~drums[voice]])
     octaves = choose_octaves(voice, pitch, len(voices))
     fields = header_fields(metres, tempos)
-    header = dict(fields)
-    fields.pop(0)
-    den, body = write_body((voice, pitch, start, end), bars, sharps, octaves, drums, triplet, fields)
-    abc = write_header(voices, octaves, den, key, header) + body
+    header = fields.pop(0)
+    keys = np.where(drums, DRUM_KEY, sharps).tolist()
+    unit, units, body = write_body((voice, pitch, start, end), bars, keys, octaves, triplet, fields)
+    abc = write_header(voices, octaves, unit, units, key, header) + body
     if len(abc) > cfg.MAX_ABC_CHARS:
         raise Rejected("too_many_chars", f"{len(abc)}")
     return {"abc": abc, "n_bars": len(bars) - 1, "seconds": float(seconds)}
@@ -1339,7 +1329,7 @@ def midi_to_abc(source, cfg):
 TOKEN = re.compile(r"(\[[^]]*\]?|[_^=]{0,2}[A-Ga-g][,']*|[zx])(\d*/*\d*)(-?)|\((\d)(?::(\d*))?(?::(\d*))?|(\S)")
 NOTE = re.compile(r"([_^=]{0,2})([A-Ga-g])([,']*)(\d*/*\d*)(-?)")
 FIELD = re.compile(r"\[([A-Za-z]):([^]]*)\]")
-ORNAMENT = re.compile(r"\"[^\"]*\"|![^!]*!|\{[^}]*\}|\[\d|(?<=[|:])\d|[:~.`\\]|%.*")  # in other people's ABC
+ORNAMENT = re.compile(r"\"[^\"]*\"|![^!]*!|\{[^}]*\}|\[\d|(?<=\|)\d|:+(?=\|)|(?<=\|):+|[~.`\\]|%.*")  # others' ABC
 MODES = {"m": -3, "min": -3, "aeo": -3, "dor": -2, "mix": -1, "lyd": 1, "phr": -4, "loc": -5}
 TUPLETS = {2: 3, 4: 3, 8: 3, 3: 2, 6: 2}  # (p: p notes in the time of q
 
@@ -1374,10 +1364,10 @@ def chord_value(text, sharps, octave):
 
 
 def key_sharps(text):
-    """'D', 'Bm', 'A dorian' ... -> sharps (flats negative), or None."""
+    """'D', 'Bm', 'A dorian' ... -> sharps (flats negative), 0 for what is no key."""
     match = re.match(r"\s*([A-G])([#b]?)\s*([A-Za-z]{0,3})", text)
     if not match:
-        return None
+        return 0
     letter, accidental, mode = match.groups()
     sharps = "FCGDAEB".index(letter) - 1 + {"#": 7, "b": -7, "": 0}[accidental] + MODES.get(mode.lower(), 0)
     return min(7, max(-7, sharps))
@@ -1389,7 +1379,7 @@ def read_field(state, letter, value, report):
     fraction = re.match(r"\s*(\d+)/(\d+)\s*(?:=\s*(\d+))?", value)
     num, den, per_minute = (whole(x, 0) for x in fraction.groups()) if fraction else (0, 0, 0)
     if letter == "L" and num and den:
-        state["unit"] = 4 * num / den
+        (current_voice(state) if state["key"] else state)["unit"] = 4 * num / den
     elif letter == "M":
         num, den = (num, den) if fraction else (2, 2) if "C|" in value else (4, 4)
         if 0 < num <= 64 and den in (1, 2, 4, 8, 16, 32, 64):
@@ -1416,7 +1406,7 @@ def current_voice(state):
     voices = state["voices"]
     if state["now"] not in voices:
         voices[state["now"]] = {"index": len(voices), "program": 0, "drum": False, "octave": 0,
-                                "sharps": key_sharps(state["key"]), "bars": 0, "clock": 0.0}
+                                "sharps": key_sharps(state["key"]), "unit": state["unit"], "clock": 0.0}
     return voices[state["now"]]
 
 
@@ -1429,12 +1419,12 @@ def read_directive(state, line):
         current_voice(state)["drum"] = True
 
 
-def read_layer(music, voice, unit, report):
+def read_layer(music, voice, report):
     """One layer of one bar -> notes [(position, length, pitch, tied)] and the length of the layer, in beats."""
     notes, position, left, factor = [], 0.0, 0, 1.0
     for text, length, tie, p, q, r, _ in TOKEN.findall(music):
         if text:
-            beats = unit * length_value(length) if length else unit
+            beats = voice["unit"] * length_value(length) if length else voice["unit"]
             if left:
                 left, beats = left - 1, beats * factor
             pitches, ties, inner = chord_value(text, voice["sharps"], voice["octave"])
@@ -1459,7 +1449,7 @@ def read_music(state, music, report):
     With inline voices every line is one bar or more of all voices, so an error does not outlive its line.
     """
     voice, full, tagged = current_voice(state), state["metre"], state["tagged"]
-    bars = music.split("|")
+    bars = (music if tagged else ORNAMENT.sub("", music)).split("|")
     if not bars[-1].strip():
         bars.pop()
     elif tagged:
@@ -1468,10 +1458,7 @@ def read_music(state, music, report):
     for i, bar in enumerate(bars):
         silent = re.fullmatch(r"\s*Z(\d*)\s*", bar)
         if silent and tagged and not i and len(bars) > 1:  # Zn before music: the bars this voice has missed
-            voice["bars"] += whole(silent[1])
             continue
-        if tagged and not i + count or (tagged and i == 1 and not count):
-            pass
         if silent:
             count += whole(silent[1])
             voice["clock"] += full * whole(silent[1])
@@ -1479,7 +1466,7 @@ def read_music(state, music, report):
         start = state["clock"] + count * full if tagged else voice["clock"]
         longest = 0.0
         for layer in bar.split("&"):
-            notes, length = read_layer(layer, voice, state["unit"], report)
+            notes, length = read_layer(layer, voice, report)
             for position, beats, pitch, tied in notes:
                 if tagged:  # what hangs over the bar line is cut off
                     beats = min(beats, full - position)
@@ -1535,7 +1522,7 @@ def read_abc(text):
 
 def read_line(state, line, report):
     """One line of music; returns the bars it fills and moves the clock of a tune with inline voices past them."""
-    parts = FIELD.split(line if state["tagged"] else ORNAMENT.sub("", line))
+    parts = FIELD.split(line)
     counts = [0]
     for i in range(0, len(parts), 3):
         if parts[i].strip():
@@ -1570,6 +1557,152 @@ def abc_to_midi(text):
     for beat, num, den in tune.metres or [(0, 4, 4)]:
         score.time_signatures.append(symusic.TimeSignature(round(min(beat, 1e6) * 480), num, den))
     return score.dumps_midi()
+
+# --- strict export
+
+def strict_ticks(beats):
+    """Beats -> ticks on the 1/16 grid or the 1/6 grid, whichever is nearer; a sampled text may have others."""
+    fine, third = np.rint(beats * 16).astype(int) * 3, np.rint(beats * 6).astype(int) * 8
+    return np.where(np.abs(fine / BEAT - beats) <= np.abs(third / BEAT - beats) + 1e-6, fine, third)
+
+
+def strict_bars(tune):
+    """Bar starts in ticks that cover the tune, and {bar: '[M:3/4]'}."""
+    notes = tune.notes
+    end = float((notes.onset + notes.duration).max()) if len(notes.onset) else 0.0
+    metres = [(round(beat * 8) * 6, num, den) for beat, num, den in tune.metres if beat < end]
+    bars, fields, stop = [], {}, int(end * BEAT) + 1
+    for (start, num, den), until in zip(metres or [(0, 4, 4)], [m[0] for m in metres[1:]] + [stop]):
+        if until > start:
+            fields[len(bars)] = f"[M:{num}/{den}]"
+            bars += range(start, until, max(3, 4 * BEAT * num // den))
+            length = max(3, 4 * BEAT * num // den)
+    return bars + [bars[-1] + length], fields
+
+
+def strict_layers(start, end, pitch, bars, effort):
+    """Notes of one voice, in ticks -> layers [[(start, end, pitches)]] without overlaps.
+
+    A tie on a chord is read in two ways, so a chord across a bar line is written as single notes where effort is 2,
+    and ends at the bar line where it is 1; effort 0 makes one layer of everything, each chord lasting to the next.
+    """
+    chords = {}
+    for s, e, p in zip(start, end, pitch):
+        chords.setdefault((s, e if effort else 0), []).append((e, p))
+    starts = sorted({s for s, _ in chords}) + [bars[-1]]
+    events = []
+    for (s, _), notes in chords.items():
+        e = max(e for e, _ in notes) if effort else min(starts[bisect(starts, s)], max(e for e, _ in notes))
+        pitches = sorted({p for _, p in notes})
+        crosses = e > bars[bisect(bars, s)]
+        events += [(s, e, [p]) for p in pitches] if crosses and effort == 2 else [(s, e, pitches)]
+    layers = []
+    for event in sorted(events):
+        for layer in layers:
+            if layer[-1][1] <= event[0]:
+                layer.append(event)
+                break
+        else:
+            layers.append([event])
+    return layers
+
+
+def strict_items(events, bars):
+    """One layer -> items (start, end, pitches, tied) that fill it, cut at bar lines and borders of triplet beats."""
+    thirds = {t // BEAT for event in events for t in event[:2] if t % 3} - {t // BEAT for t in bars if t % BEAT}
+    cuts = sorted({*bars, *(t * BEAT for t in thirds), *((t + 1) * BEAT for t in thirds)})
+    filled, now = [], 0
+    for s, e, pitches in [*events, (bars[-1], bars[-1], [])]:
+        s, e = (round(t / 8) * 8 if t // BEAT in thirds else round(t / 3) * 3 for t in (s, e))  # one grid per beat
+        filled += [(now, s, [])] * (s > now) + [(s, e, pitches)] * (e > s)
+        now = max(now, e)
+    items = []
+    for s, e, pitches in filled:
+        edges = [s, *cuts[bisect(cuts, s):bisect_left(cuts, e)], e]
+        # 5/6 of a beat cannot be written as one note of a triplet
+        edges = sorted(edges + [a + 32 for a, b in zip(edges, edges[1:]) if b - a == 40 and a // BEAT in thirds])
+        for a, b in zip(edges, edges[1:]):
+            sounding = pitches if a == s or len(pitches) == 1 else []  # a chord ends where it would need a tie
+            items.append((a, b, sounding, len(sounding) == 1 and b < e))
+    return items, thirds
+
+
+def strict_name(pitches):
+    """Pitches -> 'z', '^c,' or '[=C=E]': an accidental on every note, so that key and memory play no part."""
+    names = [spelling(5, 0)[0][128 + p] for p in pitches]
+    return "[" + "".join(names) + "]" if len(names) > 1 else names[0] if names else "z"
+
+
+def strict_voice(events, bars, fields):
+    """One layer -> its bars as text, ten to a line."""
+    items, thirds = strict_items(events, bars)
+    texts, bar, beat = [], -1, -1
+    for i, (s, e, pitches, tied) in enumerate(items):
+        if s >= bars[bar + 1]:
+            bar += 1
+            texts.append(("|" if bar else "") + ("" if bar % 10 else "\n") + fields.get(bar, ""))
+        length = e - s
+        if s // BEAT in thirds:
+            length = length * 3 // 2
+            if s // BEAT != beat:
+                beat = s // BEAT
+                texts.append(f"(3:2:{sum(item[0] // BEAT == beat for item in items[i:i + 7])}")
+        texts.append(strict_name(pitches) + length_text(length, BEAT // 2) + "-" * tied)
+    return "".join(texts) + "|"
+
+
+def strict_blocks(tune, bars):
+    """Voices cut into at most 30 layers (more break abc2midi) -> [((program, is_drum), events of the layer)]."""
+    voice, start = tune.notes.voice, strict_ticks(tune.notes.onset)
+    end = np.maximum(strict_ticks(tune.notes.onset + tune.notes.duration), start + np.where(start % 3, 8, 3))
+    for effort in (2, 1, 0):
+        blocks = []
+        for index, sound in enumerate(tune.voices):
+            mine = voice == index
+            layers = strict_layers(*(column[mine].tolist() for column in (start, end, tune.notes.pitch)), bars, effort)
+            blocks += [(sound, layer) for layer in layers]
+        if len(blocks) <= 30:
+            return blocks
+    sounds = sorted(set(tune.voices), key=lambda sound: not sound[1])[:30]
+    voice = np.array([min(sounds.index(sound), 29) if sound in sounds else 29 for sound in tune.voices])[voice]
+    return strict_blocks(tune._replace(notes=tune.notes._replace(voice=voice), voices=sounds), bars)
+
+
+def strict_abc(text):
+    """Any ABC text -> an export that abc2midi and music21 read alike: one V: block per layer, every accidental written.
+
+    abc2midi knows no denominators but powers of two; music21 no inline voices, &, Z, octave= nor ties of chords. What
+    exceeds 30 voices loses length, not notes: chords end at bar lines, then at the next onset, then voices are joined.
+    """
+    tune = read_abc(text)
+    bars, metres = strict_bars(tune)
+    first = dict(metres)
+    for beat, qpm in tune.tempos:
+        bar = min(max(0, bisect(bars, round(beat * BEAT)) - 1), len(bars) - 2)
+        first[bar] = metres.get(bar, "") + f"[Q:1/4={max(1, round(qpm))}]"
+    head = re.findall(r"\[(.*?)\]", first[0])
+    lines = ["X:1", "L:1/8", *head, "%%MIDI chordattack 0", "K:C"]
+    channels = {}
+    blocks = strict_blocks(tune, bars) if len(tune.notes.pitch) else [((0, False), [])]
+    for number, ((program, drum), events) in enumerate(blocks, 1):
+        channel = 10 if drum else channels.setdefault(program, [*range(1, 10), *range(11, 17)][min(len(channels), 14)])
+        lines += [f"V:{number}", f"%%MIDI channel {channel}", f"%%MIDI program {program}", "K:C"]
+        lines[-1] += strict_voice(events, bars, first if number == 1 else metres)
+    return "\n".join(lines) + "\n"
+
+
+def abc2midi_notes(text, timeout=30):
+    """Notes and [(program, is_drum)] that abc2midi, an independent reader, finds in the strict export of a text.
+
+    The binary inside symusic lacks its run bit, so a private copy is run. Raises subprocess.SubprocessError, OSError.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        binary = shutil.copy(next(Path(symusic.__file__).parent.glob("bin/abc2midi*")), folder)
+        os.chmod(binary, 0o700)
+        Path(folder, "tune.abc").write_text(strict_abc(text))
+        subprocess.run([binary, "tune.abc", "-o", "tune.mid", "-silent"], cwd=folder, timeout=timeout,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        return score_notes(read_score(Path(folder, "tune.mid")))
 
 
 # --- scoring
@@ -1614,7 +1747,7 @@ MIN_COMMON = 10  # ... and their estimated number: some 22 successive notes
 
 
 def content_hash(notes):
-    """128-bit hex digest of the notes as (drum?, onset, duration, pitch) on a grid of 1/48 beat from the first onset.
+    """128-bit hex digest of the notes: (drum?, onset, duration, pitch) in 1/48 beats from the first onset.
 
     Equal for the same notes in another order of tracks or spread over other tracks, doubled, under other
     instruments, names, tempi or ticks per beat; different once a note is transposed, moved or lengthened.
@@ -1627,10 +1760,10 @@ def content_hash(notes):
 
 
 def melodic_shingles(notes):
-    """(S,) uint32: hashes of the distinct runs of SHINGLE intervals between the top notes of each pitched track.
+    """(S,) uint32: hashes of the different runs of SHINGLE intervals between the top notes of each track.
 
     Intervals forget the key, and rhythm is left out: a work transposed, re-orchestrated, written in halved
-    values or played by hand keeps its shingles.
+    values or played by hand keeps its shingles. Drums have none.
     """
     pitched = ~notes["is_drum"]
     tick = np.rint(480 * notes["onset"][pitched]).astype(np.int64)
@@ -1662,11 +1795,11 @@ def fingerprint(notes):
 
 
 def similar_pairs(signatures):
-    """(P, 2) rows i < j of (N, NUM_PERM) signatures that share MIN_JACCARD and MIN_COMMON shingles by estimate.
+    """(P, 2) rows i < j of (N, NUM_PERM) signatures that pass MIN_JACCARD and MIN_COMMON by estimate.
 
     Candidates are neighbours in the sorted order of any one column. Bands of two or more columns, as in
-    MinHashLSH, miss re-arranged works, whose Jaccard similarity is about .08; and all pairs of one value would
-    be billions for a common shingle, where neighbours are at most NUM_PERM * N.
+    MinHashLSH, miss re-arranged works, whose Jaccard similarity is about .08; and all pairs of one value
+    would be billions for a common shingle, where neighbours are at most NUM_PERM * N.
     """
     n, codes = len(signatures), []
     for column in signatures.T:
@@ -1684,15 +1817,15 @@ def similar_pairs(signatures):
 
 
 def group_works(signatures, hashes):
-    """(N,) group ids for N files: the smallest content hash in the file's group, in whatever order files come.
+    """(N,) group ids for N files: the smallest content hash in each file's group, in any order of files.
 
-    Files with equal hashes or similar signatures, and what a chain of such files connects, are one group. Files
-    without melody (drums, a few notes) are grouped by their hash alone.
+    Files with equal hashes or similar signatures, and what a chain of such files connects, are one group.
+    Files with little melody (drums, a few notes) are grouped by their hash alone.
     """
-    unique, which = np.unique(np.asarray(hashes), return_inverse=True)
-    merged = np.full((len(unique), NUM_PERM), 2**32 - 1, np.uint32)
-    np.minimum.at(merged, which, signatures)  # the MinHash of a union is the minimum of the MinHashes
-    i, j = similar_pairs(merged).T
+    unique, which, count = np.unique(np.asarray(hashes), return_inverse=True, return_counts=True)
+    by_hash = signatures[np.argsort(which, kind="stable")]
+    # Equal notes on other tracks differ in signature; the MinHash of a union is the minimum of the MinHashes.
+    i, j = similar_pairs(np.minimum.reduceat(by_hash, np.cumsum(count) - count)).T
     graph = coo_array((np.ones(len(i), bool), (i, j)), shape=(len(unique), len(unique)))
     _, component = connected_components(graph, directed=False)
     smallest = np.unique(component, return_index=True)[1]  # first in a component, because hashes are sorted
@@ -1702,27 +1835,31 @@ def group_works(signatures, hashes):
 def split_groups(group_ids, sizes_in_chars, val_frac, test_frac, seed):
     """(N,) 'train', 'val' or 'test' for N files: a group never crosses, fractions are of characters.
 
-    Groups are drawn in the order of a hash of seed and id, which does not depend on the other files. A group
-    larger than a held-out share comes last, and is trained on unless nothing else is there to hold out. From 3
-    groups on, no side is empty.
+    Groups are drawn in the order of a hash of seed and id, so new files move few of the old ones. A group
+    larger than a held-out share comes last: it goes to training unless nothing else is left to hold out.
+    No side is empty with 3 groups or more.
     """
     ids, which = np.unique(np.asarray(group_ids), return_inverse=True)
     chars = np.bincount(which, weights=sizes_in_chars)
     digests = (hashlib.blake2b(f"{seed}:{g}".encode(), digest_size=6).digest() for g in ids)
     draw = np.array([int.from_bytes(d, "big") / 2.0**48 for d in digests])
     budgets = {"test": test_frac * chars.sum(), "val": val_frac * chars.sum()}
-    order = np.argsort(np.where(chars > min(b for b in budgets.values()), 1 + chars, draw), kind="stable")
+    large = chars > min((b for b in budgets.values() if b > 0), default=0)
+    order = np.argsort(np.where(large, 1 + chars, draw), kind="stable")
     side = np.full(len(ids), "train")
     for name, budget in budgets.items():
         if budget > 0 and len(order) > 1:
-            taken = max(1, np.searchsorted(np.cumsum(chars[order]), budget, side="right"))
+            fit = np.searchsorted(np.cumsum(chars[order]), budget, side="right")
+            taken = max(1, min(fit, len(ids) // 3))  # leaves a group for the other sides
             side[order[:taken]], order = name, order[taken:]
     return side[which]
 
 
 def leak_of_file_split(group_ids, sizes_in_chars, val_frac, test_frac):
-    """Expected share of held-out files, and of their characters, with one of their group in training, had files
-    been split one by one: a file in a group of g is safe only if the other g - 1 are held out too.
+    """Expected share of held-out files, and of their characters, that a split file by file would leak.
+
+    A file in a group of g has one of the other g - 1 in training with probability 1 - p^(g - 1), where p is
+    the share held out. Pass content hashes as ids for the leak by exact duplicates alone.
     """
     _, which, members = np.unique(np.asarray(group_ids), return_inverse=True, return_counts=True)
     leak = 1 - (val_frac + test_frac) ** (members[which] - 1.0)
@@ -2489,6 +2626,7 @@ def train(cfg):
             if record.get("recipe") == run_recipe(run, cfg) and run.path("model", cfg).exists():
                 bar.update(model.flops_per_token() * steps_with_branches(cfg) * cfg.batch_tokens)
                 continue
+            state_prediction_first(run, runs, cfg)
             train_model(run, vocab, cfg, bar)
             row = read_json(run.path("record", cfg))["rows"][-1]
             say(f"  {run.name:12s} {row['n_fit']:>11,} parameters  validation loss {row['val_loss']:.4f} nats = "
@@ -2497,6 +2635,23 @@ def train(cfg):
     write_results(runs, cfg)
     save = Path(cfg.SAVE_DIR)
     return [save / "scaling_results.json", save / "training_curves.json", *(run.path("model", cfg) for run in runs)]
+
+
+def state_prediction_first(run, runs, cfg):
+    """Before the largest model of a family is trained, writes down what the others say its loss will be."""
+    family = [r for r in runs if r.size.family == run.size.family]
+    path, largest = Path(cfg.SAVE_DIR, "prediction.json"), family[-1].size
+    if run.size != largest or run is not next(r for r in family if r.size == largest):
+        return
+    rows = [record["rows"][-1] for r in family if r.size != largest
+            if (record := read_json(r.path("record", cfg))) and record["recipe"] == run_recipe(r, cfg)]
+    points = {"N": [row["n_fit"] for row in rows], "L": [row["val_loss"] for row in rows]}
+    n = count_params(build_model(largest, len(read_vocab(cfg).chars), cfg))["n_fit"]
+    stated = {**state_prediction(points, n, runs=cfg.SEEDS), "model": largest.name, "recipe": run_recipe(run, cfg),
+              "stated_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_json(path, {**read_json(path, {}), run.size.family: stated})
+    if stated["predicted"]:
+        say(f"  {largest.name:12s} is predicted to reach {stated['predicted']:.4f} nats, from the smaller ones")
 
 
 def steps_with_branches(cfg):
@@ -2523,9 +2678,843 @@ def device_name(cfg):
     return torch.cuda.get_device_name() if cfg.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
+class Table(NamedTuple):
+    """Losses ready to fit, one entry per trained model."""
+    x: np.ndarray  # log(N / smallest N)
+    y: np.ndarray  # log L
+    w: np.ndarray  # 1 / standard deviation of y where that is known, else 1
+    origin: float  # log(smallest N)
+
+
+def loss_table(N, L, seed_sd=None, least=4):
+    """A Table of the losses L at the sizes N; raises UserError where no falling law can be meant."""
+    N, L = np.atleast_1d(np.asarray(N, float)), np.atleast_1d(np.asarray(L, float))
+    need(N.ndim == 1 and N.shape == L.shape, f"N and L must be two lists of one length, not {N.shape} and {L.shape}")
+    need(np.isfinite(N).all() and np.isfinite(L).all(), "a size or a loss is missing or not finite: leave it out")
+    need((N > 0).all() and (L > 0).all(), "sizes and losses must be positive")
+    sizes = len(np.unique(N))
+    need(sizes >= least, f"a power law with an offset needs at least four sizes, this table has {sizes}")
+    sd = np.broadcast_to(np.asarray(1.0 if seed_sd is None else seed_sd, float), L.shape)
+    need(np.isfinite(sd).all() and (sd > 0).all(), "seed_sd is the standard deviation of log L: a positive number")
+    x, y = np.log(N) - np.log(N.min()), np.log(L)
+    slope = np.polyfit(x, y, 1, w=1 / sd)[0]
+    need(slope < -1e-9 and y[x == x.max()].mean() < y[x == 0].mean(),
+         "the loss does not fall with size, so there is no power law to fit")
+    return Table(x, y, 1 / sd, np.log(N.min()))
+
+
+def log_law(q, x):
+    """log(a exp(-alpha x) + c) for q = (log alpha, log a, log c): a power law in exp(x)."""
+    return np.logaddexp(q[1] - exponent(q[0]) * x, q[2])
+
+
+def exponent(log_alpha):
+    return np.exp(np.clip(log_alpha, -30, 30))  # finite wherever a search may wander
+
+
+def least_squares(table, law, start, offset=True):
+    """min over u of sum((w (y - log_law(law(u), x)))^2); returns (minimum, u).
+
+    The last entry of u is log c unless `offset` is False; c = 0, its -infinity, is tried too.
+    """
+    def residual(u):
+        return table.w * (table.y - log_law(law(u), table.x))
+
+    u = optimize.leastsq(residual, start, xtol=1e-11, ftol=1e-13, maxfev=2000, full_output=True)[0]
+    best = np.sum(residual(u)**2), u
+    if offset and law(u)[2] < table.y.min() - 5:  # c is small: is it nothing?
+        u = optimize.leastsq(lambda v: residual([*v, -np.inf]), u[:-1], xtol=1e-11, ftol=1e-13, full_output=True)[0]
+        u = np.append(u, -np.inf)
+        best = min(best, (np.sum(residual(u)**2) * (1 - 1e-9), u), key=lambda b: b[0])
+    return best
+
+
+def best_law(table):
+    """Variable projection: at a fixed alpha the law is linear in (a, c) >= 0; the best few alphas are then polished."""
+    starts = []
+    for alpha in np.geomspace(0.03, 60, 32) / table.x.max():
+        design = np.stack([np.exp(-alpha * table.x), np.ones_like(table.x)], 1) * np.exp(-table.y)[:, None]
+        (a, c), _ = optimize.nnls(design * table.w[:, None], table.w)  # relative residuals: 1 - (a x + c) / L
+        q = np.log([alpha, max(a, 1e-9), max(c, 1e-3 * np.exp(table.y.min()))])
+        starts.append((np.sum((table.w * (table.y - log_law(q, table.x)))**2), *q))
+    starts = [np.array(s[1:]) for s in sorted(starts)[:6:3]]
+    return min((least_squares(table, lambda u: u, start) for start in starts), key=lambda fit: fit[0])
+
+
+def pinned(table, q, name, at=None):
+    """v -> the least sum of squares of all laws whose parameter `name` (or loss at x = `at`) is v; v = log value."""
+    q = np.maximum(q, [-np.inf, -np.inf, table.y.min() - 7])  # a finite start for log c
+    if name == "alpha":
+        return lambda v: least_squares(table, lambda u: (v, u[0], u[1]), q[1:])[0]
+    if name == "c":
+        return lambda v: least_squares(table, lambda u: (u[0], u[1], v), q[:2], offset=False)[0]
+    if name == "a":  # of L = a N^-alpha + c, that is at N = 1
+        return lambda v: least_squares(table, lambda u: (u[0], v - exponent(u[0]) * table.origin, u[1]), q[::2])[0]
+
+    def through(v):  # u[1]: the log odds of c in the loss exp(v) at `at`
+        return lambda u: (u[0], v - np.logaddexp(0, u[1]) + exponent(u[0]) * at, v - np.logaddexp(0, -u[1]))
+    start = [q[0], q[2] - q[1] + exponent(q[0]) * at]
+    return lambda v: least_squares(table, through(v), start)[0]
+
+
+def noise_variance(table, S):
+    """(variance of a weighted residual, its degrees of freedom, where it comes from)."""
+    if (table.w != 1).any():
+        return 1.0, np.inf, "seed_sd"
+    groups = [table.y[table.x == x] for x in np.unique(table.x)]
+    groups = [g for g in groups if len(g) > 1]
+    if len(groups) >= 3:  # seeds tell the noise without trusting the law
+        dof = sum(len(g) - 1 for g in groups)
+        return sum(((g - g.mean())**2).sum() for g in groups) / dof, dof, "seeds"
+    dof = len(table.y) - 3
+    return (S / dof if dof > 0 else np.inf), dof, "residuals"
+
+
+def allowance(table, S, level):
+    """How far the sum of squares may rise above its minimum S inside a profile interval of one parameter.
+
+    chi-square where the noise is known, F where it is estimated (Bates & Watts 1988, ch. 6).
+    """
+    variance, dof, _ = noise_variance(table, S)
+    quantile = stats.chi2.ppf(level, 1) if np.isinf(dof) else stats.f.ppf(level, 1, dof) if dof > 0 else np.inf
+    return max(variance, 1e-16 / np.median(table.w)**-2) * quantile  # a table without noise: 1e-8 of the loss
+
+
+def profile_ends(rise, best, step, limits):
+    """[lo, hi] around `best` where `rise` reaches 0, by root finding; None for an end beyond its limit."""
+    ends = []
+    for sign, limit in zip((-1, 1), limits, strict=True):
+        inner, outer = best, best + sign * step
+        while sign * (limit - outer) > 0 and rise(outer) < 0:
+            inner, outer = outer, best + 3 * (outer - best)
+        if sign * (limit - outer) <= 0:
+            outer = limit
+        shut = sign * (outer - inner) > 0 and rise(outer) > 0
+        ends.append(optimize.brentq(rise, inner, outer, xtol=1e-12, rtol=1e-7) if shut else None)
+    return ends
+
+
+def profile_interval(table, fit, name, level=0.95, at=None):
+    """[lo, hi] of a parameter, or of the loss at x = `at`: all values that the table does not exclude at `level`."""
+    S, q = fit
+    extra = allowance(table, S, level)
+    if not np.isfinite(extra):
+        return [None, None]
+    best = {"alpha": q[0], "a": q[1] + np.exp(q[0]) * table.origin, "c": q[2]}.get(name)
+    best = log_law(q, at) if best is None else best
+    profile = pinned(table, q, name, at)
+    if name == "c":  # a lower end of 0 is an open one
+        top, floor = np.exp(table.y.max()), np.exp(table.y.min()) * 1e-6
+        rise = lambda v: np.sqrt(max(profile(np.log(v)) - S, 0)) - np.sqrt(extra)
+        return profile_ends(rise, max(np.exp(best), floor), 1e-3 * top, (floor, 2 * top))
+    span, gap = table.x.max(), np.diff(np.unique(table.x)).min()
+    limits = {"alpha": np.log([1e-3 / span, 40 / gap])}.get(name, (best - 300, best + 300))
+    rise = lambda v: np.sqrt(max(profile(v) - S, 0)) - np.sqrt(extra)
+    return [None if end is None else float(np.exp(end)) for end in profile_ends(rise, best, 0.05, limits)]
+
+
+def held_out(N, L, seed_sd=None, level=0.95):
+    """The largest size predicted from all others: observed and predicted loss, prediction interval, relative error.
+
+    lo and hi hold the mean of as many new runs as were held out: the profile interval of the law and the noise of
+    the runs, added in quadrature on the log scale. They are None where three sizes leave nothing to judge the noise by.
+    """
+    N, L = np.asarray(N, float), np.asarray(L, float)
+    last = N == N.max()
+    observed = float(np.exp(np.log(L[last]).mean()))
+    sd = None if seed_sd is None else np.broadcast_to(seed_sd, L.shape)
+    stated = state_prediction({"N": N[~last], "L": L[~last], "seed_sd": None if sd is None else sd[~last]},
+                              N.max(), level=level, runs=int(last.sum()))
+    if stated["predicted"] is None:
+        return {**stated, "observed": observed, "error": None, "inside": None}
+    inside = None if stated["lo"] is None else bool(stated["lo"] <= observed <= stated["hi"])
+    return {**stated, "observed": observed, "error": stated["predicted"] / observed - 1, "inside": inside}
+
+
+def state_prediction(points, largest, *, level=0.95, runs=1):
+    """The loss of a model of `largest` parameters before it is trained, from points = {"N", "L"[, "seed_sd"]}.
+
+    Returns {"n", "predicted", "lo", "hi", "level", "reason"}; "predicted" is None, with the reason, where the
+    points allow no law. The interval is for the mean of `runs` runs, see held_out.
+    """
+    stated = {"n": float(largest), "predicted": None, "lo": None, "hi": None, "level": level, "reason": ""}
+    try:
+        table = loss_table(points["N"], points["L"], points.get("seed_sd"), least=3)
+    except UserError as error:
+        return {**stated, "reason": str(error)}
+    fit = best_law(table)
+    at = np.log(largest) - table.origin
+    lo, hi = profile_interval(table, fit, "loss", level, at)
+    middle = log_law(fit[1], at)
+    stated["predicted"] = float(np.exp(middle))
+    if lo is not None and hi is not None:
+        noise = allowance(table, fit[0], level) * np.median(table.w)**-2 / runs
+        stated["lo"] = float(np.exp(middle - np.hypot(middle - np.log(lo), np.sqrt(noise))))
+        stated["hi"] = float(np.exp(middle + np.hypot(np.log(hi) - middle, np.sqrt(noise))))
+    return stated
+
+
+def predict_loss(N, L, at, *, seed_sd=None, level=0.95):
+    """The fitted law and its profile band at the sizes `at`: three arrays (loss, lo, hi), nan where open."""
+    table = loss_table(N, L, seed_sd)
+    fit = best_law(table)
+    at = np.log(np.atleast_1d(at).astype(float)) - table.origin
+    ends = np.array([profile_interval(table, fit, "loss", level, x) if level else (None, None) for x in at], float)
+    return np.exp(log_law(fit[1], at)), ends[:, 0], ends[:, 1]
+
+
+def rival_laws(table):
+    """{name: (sum of squares, parameters)} of laws without a power of N, fitted as the power law is."""
+    ones, relative = np.ones_like(table.x), np.exp(-table.y)
+    rivals = {}
+    for name, powers in (("constant", 0), ("log-linear", 1), ("log-quadratic", 2)):  # L a polynomial in log N
+        design = np.stack([table.x**k for k in range(powers + 1)], 1)
+        coef = np.linalg.lstsq(design * (relative * table.w)[:, None], ones * table.w, rcond=None)[0]
+        for _ in range(20):  # Gauss-Newton from relative to log residuals
+            loss = np.maximum(design @ coef, 1e-9 / relative)
+            step = np.linalg.lstsq(design / loss[:, None] * table.w[:, None], table.w * (table.y - np.log(loss)),
+                                   rcond=None)[0]
+            coef = coef + step
+        rivals[name] = float(np.sum((table.w * (table.y - np.log(np.maximum(design @ coef, 1e-9))))**2)), powers + 1
+    slope, level = np.polyfit(table.x, table.y, 1, w=table.w)
+    rivals["pure power"] = float(np.sum((table.w * (table.y - level - slope * table.x))**2)), 2
+    size = np.expm1(table.x)  # the same law of N instead of log N is an exponential
+    rivals["exponential"] = float(best_law(table._replace(x=size / np.median(size[size > 0])))[0]), 3
+    return rivals
+
+
+def evidence(table, S, rivals):
+    """{rival: log Bayes factor in its favour, by BIC (Schwarz 1978)}; positive where it beats the power law."""
+    n, floor = len(table.y), 1e-16 * np.sum(table.w**2)  # differences below 1e-8 of the loss are rounding
+    if (table.w != 1).any():
+        return {k: 0.5 * (S - s) + (3 - p) / 2 * np.log(n) for k, (s, p) in rivals.items()}
+    return {k: n / 2 * np.log((S + floor) / (s + floor)) + (3 - p) / 2 * np.log(n) for k, (s, p) in rivals.items()}
+
+
+def lack_of_fit(table, S):
+    """p-value of the hypothesis that noise alone explains the residuals; None where the noise is not known apart."""
+    variance, dof, source = noise_variance(table, S)
+    if source == "residuals":
+        return None
+    if source == "seed_sd":
+        return float(stats.chi2.sf(S, max(len(table.y) - 3, 1)))
+    spare = len(np.unique(table.x)) - 3
+    return float(stats.f.sf((S - dof * variance) / spare / max(variance, 1e-16), spare, dof))
+
+
+def verdict(table, S, alpha, c, sigma, holdout, odds):
+    """(status, reason): whether the table may be said to have an exponent. Every rule was set by simulation."""
+    width = None if None in (alpha["lo"], alpha["hi"]) else alpha["hi"] - alpha["lo"]
+    p, rival = lack_of_fit(table, S), max(("log-quadratic", "exponential"), key=odds.get)
+    plain = max(("constant", "log-linear"), key=odds.get)
+    faults = [
+        (width is None, "the data do not bound alpha"),
+        (abs(holdout["error"] or 0) > 0.03, f"the largest model is missed by {abs(holdout['error'] or 0):.1%}"),
+        (sigma > 0.03, f"the residual scatter is {sigma:.1%} of the loss"),
+        (p is not None and p < 0.01, "the law misses the points by more than the noise of the runs explains"),
+        (odds[plain] > 0, f"a {plain} law, which has no exponent, does as well with fewer parameters"),
+        (odds[rival] > np.log(100), f"a {rival} law fits these points far better"),
+    ]
+    ridge = [
+        (width is not None and width > alpha["value"], "the interval of alpha is wider than alpha"),
+        (width is not None and c["lo"] is None and width > alpha["value"] / 2, "c is not told from 0"),
+        (odds["log-linear"] > -3, "a straight line in log N is not excluded"),
+    ]
+    for status, rules in (("not_identified", faults), ("ridge", ridge)):
+        reasons = [reason for broken, reason in rules if broken]
+        if reasons:
+            return status, "; ".join(reasons)
+    return "identified", "alpha is bounded on both sides and no rival law does as well"
+
+
+def fit_power_law(N, L, *, seed_sd=None, level=0.95):
+    """Fits L = a N^-alpha + c, all >= 0, to losses L (nats, one per trained model) at sizes N; several seeds repeat N.
+
+    Least squares on log L by variable projection; the intervals are profile-F ones (chi-square where seed_sd, the
+    known standard deviation of log L, is given; from the pooled seed variance where three or more sizes have several
+    seeds). Returns a dict: "alpha", "a" and "c" = {"value", "lo", "hi"}, an end that the data leave open is None
+    (for c: 0 is not excluded); "status" identified | ridge | not_identified and "reason"; "sigma_log", the residual
+    standard deviation of log L; "holdout", the largest size predicted from the others; "loo_alpha", alpha without
+    each size in turn; "objective", the sum of squared log residuals (over seed_sd^2 if given); "n_points"; "noise";
+    "baselines", other laws on the same points. Raises UserError for fewer than four sizes, values that are not
+    finite and positive, and losses that do not fall.
+    """
+    table = loss_table(N, L, seed_sd)
+    order = np.lexsort((table.y, table.x))  # the result does not depend on the order of the rows
+    table = table._replace(x=table.x[order], y=table.y[order], w=table.w[order])
+    S, q = fit = best_law(table)
+    alpha = min(np.exp(q[0]), 40 / np.diff(np.unique(table.x)).min())
+    log_a = q[1] + alpha * table.origin
+    values = {"alpha": alpha, "a": np.exp(log_a) if log_a < 700 else None, "c": np.exp(q[2])}
+    out = {}
+    for name, value in values.items():
+        # an open alpha leaves a open, too: a is the loss at N = 1, far outside the table
+        lo, hi = profile_interval(table, fit, name, level) if name != "a" or None not in ends else (None, None)
+        ends = lo, hi
+        out[name] = {"value": None if value is None else float(value), "lo": lo, "hi": hi}
+    sigma = float(np.sqrt(np.sum((table.y - log_law(q, table.x))**2) / max(len(table.y) - 3, 1)))
+    holdout = held_out(N, L, seed_sd, level)
+    rivals = rival_laws(table)
+    odds = evidence(table, S, rivals)
+    status, reason = verdict(table, S, out["alpha"], out["c"], sigma, holdout, odds)
+    variance, dof, source = noise_variance(table, S)
+    keep = [table.x != x for x in np.unique(table.x)]
+    loo = [best_law(table._replace(x=table.x[k] - table.x[k].min(), y=table.y[k], w=table.w[k]))[1][0] for k in keep]
+    return {**out, "status": status, "reason": reason, "sigma_log": sigma, "holdout": holdout,
+            "loo_alpha": [float(np.exp(a)) if a < 10 else None for a in loo], "objective": float(S), "n_points": len(table.y),
+            "level": level, "noise": {"sd": float(np.sqrt(variance)) if source != "seed_sd" else "given",
+                                      "dof": None if np.isinf(dof) else dof, "source": source},
+            "baselines": {k: {"objective": s, "parameters": p, "log_odds": float(odds[k])} for k, (s, p) in rivals.items()}}
+
+
+def huber_sum(p, u, v, y, weight, delta):
+    """(sum of weight * Huber(r / delta), its gradient) of r = y - log(e^p0 e^(-p3 u) + e^p1 e^(-p4 v) + e^p2)."""
+    terms = np.stack([p[0] - p[3] * u, p[1] - p[4] * v, np.full_like(u, p[2])])
+    top = terms.max(0)
+    share = np.exp(terms - top)
+    total = share.sum(0)
+    share /= total
+    r = (y - top - np.log(total)) / delta
+    size = np.abs(r)
+    value = weight @ np.where(size <= 1, r * r / 2, size - 0.5)
+    pull = share * (-weight * np.clip(r, -1, 1) / delta)
+    return value, np.array([*pull.sum(1), -pull[0] @ u, -pull[1] @ v])
+
+
+def polish(start, data, weight, delta):
+    """The minimum of huber_sum near `start`: (value, p). alpha and beta are kept within 0..20."""
+    best = optimize.minimize(huber_sum, start, (*data, weight, delta), "L-BFGS-B", jac=True,
+                             bounds=[(-60, 60)] * 3 + [(0, 20)] * 2,
+                             options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": 2000, "maxcor": 20})
+    return best.fun, best.x
+
+
+def best_parametric(data, delta, starts=3):
+    """Variable projection on a grid of (alpha, beta) gives the starts, of which the best are polished."""
+    u, v, y = data
+    ones, found = np.ones_like(y), []
+    for alpha, beta in np.stack(np.meshgrid(*[np.geomspace(0.05, 1.5, 8)] * 2), -1).reshape(-1, 2):
+        design = np.stack([np.exp(-alpha * u), np.exp(-beta * v), ones], 1)
+        coef, _ = optimize.nnls(design * np.exp(-y)[:, None], ones)  # relative residuals
+        p = np.array([*np.log(np.maximum(coef, 1e-4 * np.exp(y.min()))), alpha, beta])
+        found.append((huber_sum(p, *data, ones, delta)[0], *p))
+    return min((polish(np.array(f[1:]), data, ones, delta) for f in sorted(found)[:starts]), key=lambda fit: fit[0])
+
+
+def refit_draws(p, data, weight, delta, steps=100):
+    """The optimum p followed to each row of `weight` (draws, points), all at once: (draws, 5).
+
+    Levenberg-Marquardt on reweighted least squares, while the width of the quadratic zone of the Huber loss shrinks to
+    delta: next to the spread of the draws the error is nothing, and the time is a hundredth of one search per draw.
+    """
+    u, v, y = data
+    p, damp = np.tile(p, (len(weight), 1)), np.full(len(weight), 1e-3)
+
+    def residuals(p):
+        terms = np.stack([p[:, :1] - p[:, 3:4] * u, p[:, 1:2] - p[:, 4:] * v, np.repeat(p[:, 2:3], len(u), 1)], 1)
+        log_loss = np.logaddexp.reduce(terms, axis=1)
+        return y - log_loss, np.exp(terms - log_loss[:, None])  # (draws, points), (draws, 3, points)
+
+    for width in np.maximum(delta, np.geomspace(0.05, delta / 4, steps)):
+        r, share = residuals(p)
+        jacobian = np.concatenate([share, -share[:, :1] * u, -share[:, 1:2] * v], 1)  # (draws, 5, points)
+        pull = jacobian * (weight * np.minimum(1, width / np.maximum(np.abs(r), 1e-300)))[:, None]
+        hessian = pull @ jacobian.transpose(0, 2, 1)
+        hessian += np.eye(5) * (damp[:, None, None] * hessian + 1e-12)
+        new = p + np.linalg.solve(hessian, pull @ r[:, :, None])[:, :, 0]
+        new = np.clip(new, [-60] * 3 + [0] * 2, [60] * 3 + [20] * 2)
+        cost = [np.sum(weight * np.where(np.abs(e) <= width, e * e / 2, width * (np.abs(e) - width / 2)), 1)
+                for e in (r, residuals(new)[0])]
+        better = cost[1] <= cost[0]
+        p = np.where(better[:, None], new, p)
+        damp = np.clip(np.where(better, damp / 4, damp * 6), 1e-9, 1e6)
+    return p
+
+
+def bootstrap_runs(p, data, run_id, size_id, delta, n_boot, rng):
+    """(n_boot, 5) refits of whole training runs drawn with replacement: the branches of one run share its noise.
+
+    A draw with fewer than three sizes can't hold the law and is drawn again.
+    """
+    runs = np.unique(run_id, return_inverse=True)[1]
+    rng, count, weights = np.random.default_rng(rng), runs.max() + 1, []
+    while len(weights) < n_boot:
+        weight = np.bincount(rng.integers(count, size=count), minlength=count)[runs].astype(float)
+        if len(np.unique(size_id[weight > 0])) >= 3:
+            weights.append(weight)
+    return refit_draws(p, data, np.array(weights), delta)
+
+
+def parametric_table(N, D, L, run_id):
+    """Checked arrays N, D, L, run_id; raises UserError where E + A / N^alpha + B / D^beta can't be told apart."""
+    N, D, L = (np.atleast_1d(np.asarray(values, float)) for values in (N, D, L))
+    run_id = np.arange(len(L)) if run_id is None else np.asarray(run_id)
+    need(N.ndim == 1 and N.shape == D.shape == L.shape == run_id.shape, "N, D, L and run_id must have one length")
+    need(all(np.isfinite(a).all() and (a > 0).all() for a in (N, D, L)), "N, D and L must be finite and positive")
+    need(len(np.unique(N)) >= 4, f"L(N, D) needs at least four sizes, this table has {len(np.unique(N))}")
+    need(len(np.unique(D)) >= 3, f"L(N, D) needs at least three token budgets, this table has {len(np.unique(D))}")
+    need(len(L) >= 6, f"L(N, D) has five parameters and needs at least six points, this table has {len(L)}")
+    need(abs(np.corrcoef(np.log(N), np.log(D))[0, 1]) < 0.999, "sizes and token budgets rise together: vary one alone")
+    slopes = np.linalg.lstsq(np.stack([np.log(N), np.log(D), np.ones_like(N)], 1), np.log(L), rcond=None)[0]
+    need(max(slopes[:2]) < -1e-9, "the loss does not fall with size and with tokens, so there is no law to fit")
+    return N, D, L, run_id
+
+
+def parametric_loss(p, N, D, centre):
+    """E + A / N^alpha + B / D^beta for rows p = (log A', log B', log E, alpha, beta) at centred log N and log D."""
+    p = np.atleast_2d(p)[:, :, None]
+    u, v = np.log(np.atleast_1d(N)) - centre[0], np.log(np.atleast_1d(D)) - centre[1]
+    return np.exp(p[:, 0] - p[:, 3] * u) + np.exp(p[:, 1] - p[:, 4] * v) + np.exp(p[:, 2])
+
+
+def parametric_rivals(data):
+    """{name: (sum of |log residual|, parameters)} of laws with neither an offset nor an exponent per axis."""
+    u, v, y = data
+    design, loss = np.stack([np.ones_like(u), u, v], 1), np.exp(y)
+    product = design @ np.linalg.lstsq(design, y, rcond=None)[0]
+    linear = design @ np.linalg.lstsq(design / loss[:, None], np.ones_like(y), rcond=None)[0]
+    return {"constant": (float(np.abs(y - np.median(y)).sum()), 1),
+            "product of powers": (float(np.abs(y - product).sum()), 3),
+            "log-linear": (float(np.abs(y - np.log(np.maximum(linear, 1e-9))).sum()), 3)}
+
+
+def fit_parametric_loss(N, D, L, *, run_id=None, delta=1e-3, n_boot=1000, rng=0):
+    """Fits L = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, arXiv 2203.15556) to losses L of N-parameter models
+    after D tokens: Huber loss on log residuals, as a sum of (r / delta) so that no tolerance stops it early.
+
+    run_id names the training run of a point; branches of one trunk share it. The 95 % intervals are percentiles of a
+    bootstrap over runs; an open end is None (for E: 0 is not excluded). Returns the keys of fit_power_law for
+    "alpha", "beta", "A", "B", "E", and "draws", {parameter: n_boot values} for what follows from them.
+    """
+    N, D, L, run_id = parametric_table(N, D, L, run_id)
+    order = np.lexsort((L, D, N))
+    N, D, L, run_id = N[order], D[order], L[order], run_id[order]
+    centre = np.log(N).mean(), np.log(D).mean()
+    data = np.log(N) - centre[0], np.log(D) - centre[1], np.log(L)
+    objective, p = best_parametric(data, delta)
+    draws = bootstrap_runs(p, data, run_id, N, delta, n_boot, rng)
+    residual = data[2] - np.log(parametric_loss(p, N, D, centre)[0])
+    out = {name: parametric_interval(name, p, draws, centre, L.min()) for name in ("alpha", "beta", "A", "B", "E")}
+    sigma = float(np.sqrt(np.sum(residual**2) / (len(L) - 5)))
+    holdout = parametric_holdout(N, D, L, run_id, delta, min(n_boot, 200), rng, sigma)
+    rivals, runs, floor = parametric_rivals(data), len(np.unique(run_id)), 1e-8 * len(L)
+    odds = {k: float(runs * np.log((np.abs(residual).sum() + floor) / (s + floor)) + (5 - k_) / 2 * np.log(runs))
+            for k, (s, k_) in rivals.items()}
+    status, reason = parametric_verdict(out, holdout, odds)
+    loo = [best_parametric([d[N != n] for d in data], delta, 1)[1][3] for n in np.unique(N)]
+    return {**out, "status": status, "reason": reason, "sigma_log": sigma, "holdout": holdout,
+            "loo_alpha": [float(a) for a in loo] if len(loo) <= 12 else None, "objective": float(objective),
+            "n_points": len(L), "n_runs": runs, "level": 0.95, "delta": delta,
+            "baselines": {k: {"objective": s, "parameters": n, "log_odds": odds[k]} for k, (s, n) in rivals.items()},
+            "draws": {"log_A": draws[:, 0] + draws[:, 3] * centre[0], "log_B": draws[:, 1] + draws[:, 4] * centre[1],
+                      "log_E": draws[:, 2], "alpha": draws[:, 3], "beta": draws[:, 4]}}
+
+
+def parametric_interval(name, p, draws, centre, least):
+    """{"value", "lo", "hi"} of one parameter from the optimum p and its bootstrap draws."""
+    def value(rows):
+        log_value = {"A": rows[:, 0] + rows[:, 3] * centre[0], "B": rows[:, 1] + rows[:, 4] * centre[1], "E": rows[:, 2]}
+        return np.exp(np.minimum(log_value[name], 700)) if name in log_value else rows[:, 3 if name == "alpha" else 4]
+    lo, hi = np.quantile(value(draws), [0.025, 0.975])
+    shut = {"E": (1e-3 * least, np.inf), "A": (1e-3 * least, 1e30), "B": (1e-3 * least, 1e30)}.get(name, (1e-2, 5))
+    return {"value": float(value(p[None])[0]), "lo": float(lo) if lo > shut[0] else None,
+            "hi": float(hi) if hi < shut[1] else None}
+
+
+def parametric_holdout(N, D, L, run_id, delta, n_boot, rng, sigma):
+    """The largest size at its largest budget predicted from all smaller sizes, as held_out does for L(N)."""
+    last = N == N.max()
+    full = last & (D == D[last].max())
+    observed = float(np.exp(np.log(L[full]).mean()))
+    rest = [a[~last] for a in (N, D, L, run_id)]
+    centre = np.log(rest[0]).mean(), np.log(rest[1]).mean()
+    data = np.log(rest[0]) - centre[0], np.log(rest[1]) - centre[1], np.log(rest[2])
+    _, p = best_parametric(data, delta)
+    draws = bootstrap_runs(p, data, rest[3], rest[0], delta, n_boot, rng)
+    at = N.max(), D[full][0], centre
+    predicted = float(parametric_loss(p, *at)[0, 0])
+    band = np.log(np.quantile(parametric_loss(draws, *at), [0.025, 0.975]) / predicted)
+    noise = 1.96 * sigma / np.sqrt(full.sum())
+    lo, hi = predicted * np.exp(-np.hypot(band[0], noise)), predicted * np.exp(np.hypot(band[1], noise))
+    return {"n": float(N.max()), "d": float(D[full][0]), "predicted": predicted, "lo": float(lo), "hi": float(hi),
+            "level": 0.95, "observed": observed, "error": predicted / observed - 1, "inside": bool(lo <= observed <= hi)}
+
+
+def parametric_verdict(out, holdout, odds):
+    width = {k: None if None in out[k].values() else out[k]["hi"] - out[k]["lo"] for k in ("alpha", "beta")}
+    rival = max(odds, key=odds.get)
+    for name, symbol in width.items():
+        if symbol is None:
+            return "not_identified", f"the data do not bound {name}"
+    if abs(holdout["error"]) > 0.03:
+        return "not_identified", f"the largest model is missed by {abs(holdout['error']):.1%}"
+    if odds[rival] > 0:
+        return "not_identified", f"a {rival} law does as well with fewer parameters"
+    for name in width:
+        if width[name] > out[name]["value"]:
+            return "ridge", f"the interval of {name} is wider than {name}"
+    return ("ridge", "E is not told from 0") if out["E"]["lo"] is None else (
+        "identified", "alpha and beta are bounded on both sides and no simpler law does as well")
+
+
+def power_family(runs, size="n_fit", cost=None):
+    """N, L of the full-budget runs of one family; with `cost` another column stands in for N."""
+    return [r[cost or size] for r in runs if r["main"]], [r["val_loss"] for r in runs if r["main"]]
+
+
+def loss_ratio(first, second, at, level=0.95):
+    """First family's loss over the second's at the sizes `at`, for two tables (N, L): arrays ratio, lo, hi.
+
+    The two profile bands are combined by MOVER (Zou & Donner 2008, doi 10.1002/sim.3095) on the log scale.
+    """
+    (a, a_lo, a_hi), (b, b_lo, b_hi) = (np.log(predict_loss(*table, at, level=level)) for table in (first, second))
+    return np.exp(a - b), np.exp(a - b - np.hypot(a - a_lo, b_hi - b)), np.exp(a - b + np.hypot(a_hi - a, b - b_lo))
+
+
+def shared_alpha(first, second, drop_smallest=False):
+    """F test of one alpha for two tables (N, L) against one each: {"alpha", "each", "f", "p"}."""
+    tables = []
+    for N, L in (first, second):
+        keep = np.asarray(N) > min(N) * drop_smallest
+        tables.append(loss_table(np.asarray(N)[keep], np.asarray(L)[keep], least=4 - drop_smallest))
+    fits = [best_law(table) for table in tables]
+    profiles = [pinned(table, q, "alpha") for table, (_, q) in zip(tables, fits, strict=True)]
+    logs = sorted(q[0] for _, q in fits)
+    joint = optimize.minimize_scalar(lambda v: sum(p(v) for p in profiles), bounds=(logs[0] - 0.1, logs[1] + 0.1),
+                                     method="bounded", options={"xatol": 1e-8})
+    spare, apart = sum(len(t.y) for t in tables) - 6, sum(S for S, _ in fits)
+    out = {"alpha": float(np.exp(joint.x)), "each": [float(np.exp(q[0])) for _, q in fits], "f": None, "p": None}
+    if spare > 0:
+        f = max(joint.fun - apart, 0) / max(apart / spare, 1e-16)
+        out |= {"f": float(f), "p": float(stats.f.sf(f, 1, spare))}
+    return out
+
+
+def crossover(first, second, level=0.95):
+    """Where the fitted losses of two tables meet, within ten times the range of sizes: {"value", "lo", "hi", "reason"}.
+
+    The interval holds the sizes around the crossing at which the ratio of the losses is not told from 1.
+    """
+    sizes = np.concatenate([first[0], second[0]])
+    at = np.geomspace(sizes.min() / 10, sizes.max() * 10, 81)
+    ratio, lo, hi = loss_ratio(first, second, at, level)
+    crossing = np.flatnonzero(np.diff(np.sign(np.log(ratio))))
+    if not len(crossing):
+        better = "first" if ratio[-1] < 1 else "second"
+        return {"value": None, "lo": None, "hi": None, "reason": f"none in range: the {better} family stays ahead"}
+    i = crossing[-1]
+    value = np.exp(np.interp(0, *[a[np.argsort(np.log(ratio[i:i + 2]))] for a in
+                                  (np.log(ratio[i:i + 2]), np.log(at[i:i + 2]))]))
+    unsure = ~((lo > 1) | (hi < 1))
+    below, above = np.flatnonzero(~unsure[:i + 1]), np.flatnonzero(~unsure[i + 1:])
+    return {"value": float(value), "lo": float(at[below[-1]]) if len(below) else None,
+            "hi": float(at[i + 1 + above[0]]) if len(above) else None,
+            "reason": "" if len(crossing) == 1 else f"the last of {len(crossing)} crossings"}
+
+
+def compare_families(first, second, *, level=0.95):
+    """How two families of runs (rows of scaling_results.json) differ: exponents, losses at equal cost, crossover.
+
+    Returns {"shared_alpha", "shared_alpha_without_smallest", "equal_parameters", "equal_flops", "crossover"}; ratios are
+    the first family's loss over the second's at the largest size (cost) that both have reached. A part that the runs
+    do not allow is {"status": "refused", "reason"}.
+    """
+    by_size, by_cost = ([power_family(runs, cost=cost) for runs in (first, second)] for cost in (None, "flops"))
+
+    def ratio(tables):
+        at = min(max(N) for N, _ in tables)
+        value, lo, hi = (None if np.isnan(a[0]) else float(a[0]) for a in loss_ratio(*tables, [at], level))
+        return {"at": float(at), "value": value, "lo": lo, "hi": hi}
+    return {"shared_alpha": attempt(shared_alpha, *by_size),
+            "shared_alpha_without_smallest": attempt(shared_alpha, *by_size, drop_smallest=True),
+            "equal_parameters": attempt(ratio, by_size), "equal_flops": attempt(ratio, by_cost),
+            "crossover": attempt(crossover, *by_size, level)}
+
+
+def attempt(law, *args, **kwargs):
+    """The result of `law`, or why it was refused."""
+    try:
+        return law(*args, **kwargs)
+    except UserError as error:
+        return {"status": "refused", "reason": str(error)}
+
+
+def effective_tokens(D, unique, r_star=15.39):
+    """Tokens' worth of D tokens, `unique` of them distinct (Muennighoff et al. 2023, arXiv 2305.16264, eq. 5)."""
+    D, unique = np.asarray(D, float), np.asarray(unique, float)
+    repeats = np.maximum(D / unique - 1, 0)
+    return np.where(repeats > 0, unique + unique * r_star * -np.expm1(-repeats / r_star), D)
+
+
+def compute_frontier(fit, flops_budgets, flops_per_parameter_token=6.0):
+    """The best split of each budget C (FLOPs) into N parameters and D tokens, C = flops_per_parameter_token N D.
+
+    N* = G (C/6)^(beta/(alpha+beta)), G = (alpha A / (beta B))^(1/(alpha+beta)) (Hoffmann et al. 2022, eq. 4), for the
+    fit and for every bootstrap draw of it. Returns a list of {"flops", "n", "d", "loss", each with _lo and _hi}.
+    """
+    def best(log_A, log_B, log_E, alpha, beta, pairs):
+        log_n = (np.log(alpha / beta) + log_A - log_B + beta * np.log(pairs)) / (alpha + beta)
+        log_d = np.log(pairs) - log_n
+        loss = np.exp(log_E) + np.exp(log_A - alpha * log_n) + np.exp(log_B - beta * log_d)
+        return {"n": np.exp(log_n), "d": np.exp(log_d), "loss": loss}
+
+    names = "log_A", "log_B", "log_E", "alpha", "beta"
+    value = {"log_" + k: np.log(fit[k]["value"]) for k in "ABE"} | {k: fit[k]["value"] for k in ("alpha", "beta")}
+    draws = {k: np.asarray(fit["draws"][k]) for k in names}
+    sound = (draws["alpha"] > 1e-3) & (draws["beta"] > 1e-3)
+    rows = []
+    for flops in np.atleast_1d(flops_budgets):
+        pairs = flops / flops_per_parameter_token
+        row = {"flops": float(flops)} | {k: float(v) for k, v in best(*(value[k] for k in names), pairs).items()}
+        for key, values in best(*(draws[k][sound] for k in names), pairs).items():
+            row[key + "_lo"], row[key + "_hi"] = (float(v) for v in np.quantile(values, [0.025, 0.975]))
+        rows.append(row)
+    return rows
+
+
+def describe(law):
+    """One sentence on a fitted law, for people."""
+    def number(v):
+        return "open" if v is None else f"{v:.3g}"
+    if law["status"] == "refused":
+        return f"No law: {law['reason']}."
+    alpha, holdout = law["alpha"], law["holdout"]
+    interval = f"[{number(alpha['lo'])}, {number(alpha['hi'])}]"
+    missed = "" if holdout["error"] is None else f"; the largest model was predicted within {abs(holdout['error']):.1%}"
+    if law["status"] == "not_identified":
+        return f"This range of sizes cannot support an exponent: {law['reason']}."
+    return f"alpha = {alpha['value']:.3g} {interval}{missed}: {law['status']}" + (
+        f" ({law['reason']}: only the pair of alpha and c is known)." if law["status"] == "ridge" else ".")
+
+
+def fit_family(runs, stated):
+    """Everything that fits.json says about one family; `stated` is the prediction made before its largest run."""
+    total = [r["n_params"] for r in runs if r["main"]]
+    N, L = power_family(runs)
+    law = attempt(fit_power_law, N, L)
+    columns = [np.array([r[k] for r in runs]) for k in ("n_fit", "tokens", "val_loss")]
+    names = [r["run"] for r in runs]
+    surface = attempt(fit_parametric_loss, *columns, run_id=names)
+    worth = effective_tokens(columns[1], [r["unique_tokens"] for r in runs])
+    out = {"verdict": describe(law), "power_law": law, "power_law_total_n": attempt(fit_power_law, total, L),
+           "power_law_flops": attempt(fit_power_law, *power_family(runs, cost="flops")), "parametric": surface,
+           "parametric_effective": attempt(fit_parametric_loss, columns[0], worth, columns[2], run_id=names, n_boot=200),
+           "flops_per_parameter_token": float(np.median([r["flops"] / r["n_fit"] / r["tokens"] for r in runs])),
+           "flops_per_s": max((r["flops_per_token"] * (r.get("tokens_per_s") or 0) for r in runs), default=0)}
+    if surface["status"] != "refused" and out["flops_per_s"]:
+        hours = [0.25, 1, 4, 24]
+        rows = compute_frontier(surface, np.array(hours) * 3600 * out["flops_per_s"], out["flops_per_parameter_token"])
+        out["frontier"] = [{"hours": h, **row} for h, row in zip(hours, rows, strict=True)]
+    if stated and stated.get("predicted"):
+        largest = [loss for n, loss in zip(N, L, strict=True) if n == max(N)]
+        observed = float(np.exp(np.mean(np.log(largest))))
+        hit = None if stated["lo"] is None else stated["lo"] <= observed <= stated["hi"]
+        out["prediction"] = {**stated, "observed": observed, "error": stated["predicted"] / observed - 1, "hit": hit}
+    return out
+
+
+METHOD = {
+    "power_law": "L = a N^-alpha + c; least squares on log L, variable projection; 95 % profile-F intervals; nothing fixed",
+    "parametric": "L = E + A / N^alpha + B / D^beta; Huber loss (delta 1e-3) on log residuals; L-BFGS-B from the best 3 of "
+                  "64 starts, ftol 1e-15; 95 % percentile intervals of a bootstrap over training runs",
+    "N": "n_fit: parameters without the input embedding, head included; n_params: all; n_non_embedding: neither",
+    "D": "training characters; unique_tokens: distinct ones", "C": "FLOPs of training", "L": "validation loss, nats per "
+    "character, at the decayed end of a run", "left_out": "no run; L(N) uses the runs with main = true",
+    "parametric_effective": "D replaced by effective tokens, R* = 15.39 (Muennighoff et al. 2023)"}
+
+
 @stage(version=1, knobs="", after=train, root="SAVE_DIR")
 def fit(cfg):
-    return []
+    """Laws, comparison and figures: scaling_results.json -> fits.json, scaling_points.csv, *.png, all in SAVE_DIR."""
+    folder = Path(cfg.SAVE_DIR)
+    study = read_json(folder / "scaling_results.json")
+    stated = read_json(folder / "prediction.json") or {}
+    families = {}
+    for run in study["runs"]:
+        families.setdefault(run["family"], []).append(run)
+    fits = {"study": study["study"], "corpus": study["corpus"], "method": METHOD,
+            "families": {name: fit_family(runs, stated.get(name)) for name, runs in families.items()}}
+    if len(families) == 2:
+        fits["comparison"] = {"families": list(families), **compare_families(*families.values())}
+    write_json(folder / "fits.json", {**fits, "points": study["runs"]})
+    with atomic_path(folder / "scaling_points.csv") as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(study["runs"][0]))
+        table.writeheader()
+        table.writerows(study["runs"])
+    for name, runs in families.items():
+        save_figure(draw_family(name, runs, fits["families"][name]), folder / f"{name}_scaling.png")
+    save_figure(draw_combined(families, fits), folder / "combined_scaling.png")
+    save_figure(draw_curves(families, read_json(folder / "training_curves.json") or {}), folder / "training_curves.png")
+    for name, law in fits["families"].items():
+        say(f"  {name:12s} {law['verdict']}")
+    names = ("fits.json", "scaling_points.csv", "combined_scaling.png", "training_curves.png")
+    return [folder / name for name in (*names, *(f"{family}_scaling.png" for family in families))]
+
+
+COLOURS = {"gpt": ("#0072B2", "o", "-"), "lstm": ("#D55E00", "s", "--")}  # Okabe-Ito; markers and lines differ in grey
+N_LABEL = "N, parameters without embedding, with head"
+L_LABEL = "validation loss (nats per character)"
+
+
+def save_figure(figure, path):
+    with atomic_path(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
+
+
+def panel(axes, title, x, y, log="x"):
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if "x" in log:
+        axes.set_xscale("log")
+    if "y" in log:
+        axes.set_yscale("log")
+    axes.grid(True, which="major", alpha=0.25)
+
+
+def draw_law(axes, N, L, name, law, reach=10):
+    """The runs, the law within its 95 % band, dotted beyond the largest size."""
+    colour, marker, line = COLOURS.get(name, ("#009E73", "^", "-."))
+    N, L = np.asarray(N, float), np.asarray(L, float)
+    axes.plot(N, L, marker, color=colour, label=f"{name.upper()}: {len(N)} runs", zorder=3)
+    if law["status"] == "refused":
+        return
+    at = np.geomspace(N.min() / 1.3, N.max() * reach, 61)
+    loss, lo, hi = predict_loss(N, L, at)
+    axes.fill_between(at, np.where(np.isnan(lo), np.exp(np.log(L).min()) * 0, lo), np.where(np.isnan(hi), L.max() * 9, hi),
+                      color=colour, alpha=0.15, lw=0)
+    axes.plot(at[at <= N.max()], loss[at <= N.max()], line, color=colour)
+    axes.plot(at[at >= N.max()], loss[at >= N.max()], ":", color=colour)
+    room = L.max() - L.min()
+    axes.set_ylim(max(min(L.min(), np.nanmin(lo[at < 3 * N.max()], initial=L.min())) - 0.1 * room, 0), L.max() + 0.15 * room)
+
+
+def draw_family(name, runs, fits):
+    """Four panels: the law and its held-out test, L - c, the ridge of (alpha, c), the residuals."""
+    N, L = (np.array(a, float) for a in power_family(runs))
+    law, colour, marker = fits["power_law"], *COLOURS.get(name, ("#009E73", "^"))[:2]
+    figure = Figure(figsize=(11, 8.2), layout="constrained")
+    (first, second), (third, fourth) = figure.subplots(2, 2)
+    figure.suptitle(f"{name.upper()}  {fits['verdict']}", fontsize=10, wrap=True)
+    panel(first, "a  loss against size, 95 % band, extrapolation dotted", N_LABEL, L_LABEL)
+    draw_law(first, N, L, name, law)
+    if law["status"] == "refused":
+        for axes in (second, third, fourth):
+            axes.set_axis_off()
+        return figure
+    held = law["holdout"]
+    if held["predicted"]:
+        last = N == N.max()
+        first.plot(N[last], L[last], marker, mfc="white", mec=colour, mew=1.6, ms=8, zorder=4, label="held out")
+        error = None if held["lo"] is None else [[held["predicted"] - held["lo"]], [held["hi"] - held["predicted"]]]
+        first.errorbar(held["n"] * 1.3, held["predicted"], error, fmt="D", ms=5, color="black", capsize=3,
+                       label=f"predicted from the smaller ones ({held['error']:+.1%})")
+    first.legend(fontsize=8)
+    draw_excess(second, N, L, colour, marker, law)
+    draw_ridge(third, N, L, colour, law)
+    panel(fourth, "d  residuals of the law; grey: one standard deviation", N_LABEL, "loss / law - 1 (%)")
+    fourth.axhspan(-100 * law["sigma_log"], 100 * law["sigma_log"], color="0.9")
+    fourth.axhline(0, color="0.4", lw=1)
+    fourth.plot(N, 100 * (L / predict_loss(N, L, N, level=None)[0] - 1), marker, color=colour)
+    return figure
+
+
+def draw_excess(axes, N, L, colour, marker, law):
+    """L - c in log-log, where a power law is a line, with the lines that the ends of c's interval induce."""
+    panel(axes, "b  reducible loss; bars and band: the 95 % interval of c", N_LABEL, "L - c (nats per character)", "xy")
+    table = loss_table(N, L)
+    _, q = best_law(table)
+    at = np.linspace(0, table.x.max() + 1, 61)
+    ends = [0 if law["c"]["lo"] is None else law["c"]["lo"], law["c"]["hi"] or law["c"]["value"]]
+    lines = []
+    for c in ends:
+        u = least_squares(table, lambda u, c=c: (*u, np.log(max(c, 1e-9))), q[:2], offset=False)[1]
+        lines.append(np.exp(u[1] - exponent(u[0]) * at))
+    sizes = np.exp(at + table.origin)
+    axes.fill_between(sizes, *lines, color=colour, alpha=0.15, lw=0)
+    axes.plot(sizes, np.exp(q[1] - exponent(q[0]) * at), color=colour)
+    excess, least = L - law["c"]["value"], 1e-3 * L.min()
+    bars = [np.clip(excess - (L - ends[1]), 0, excess - least), L - ends[0] - excess]
+    shown = excess > least
+    axes.errorbar(N[shown], excess[shown], [b[shown] for b in bars], fmt=marker, color=colour, capsize=2, lw=1)
+    axes.set_ylim(max(excess[shown].min() / 4, least), (L - ends[0]).max() * 1.3)
+
+
+def draw_ridge(axes, N, L, colour, law):
+    """The joint region of (alpha, c): its shadows on the axes are the 95 % intervals."""
+    panel(axes, "c  alpha and c; the outer contour casts the 95 % intervals", "alpha", "c (nats per character)", "")
+    table = loss_table(N, L)
+    S, q = best_law(table)
+    value, lo, hi = (law["alpha"][k] for k in ("value", "lo", "hi"))
+    alphas = np.linspace((lo or 0.05 * value) * 0.8, (hi or 3 * value) * 1.1, 61)
+    low, high = law["c"]["lo"] or 0, law["c"]["hi"] or L.min()
+    offsets = np.linspace(max(low - 0.15 * (high - low), 1e-6), high + 0.15 * (high - low), 61)
+    rise = np.array([[least_squares(table, lambda u: (np.log(a), u[0], np.log(c)), q[1:2], offset=False)[0] - S
+                      for a in alphas] for c in offsets])
+    levels = [allowance(table, S, level) for level in (0.8, 0.95)]
+    if np.isfinite(levels[1]):
+        axes.contourf(alphas, offsets, rise, [0, *levels], colors=[colour], alpha=0.2)
+        axes.contour(alphas, offsets, rise, levels, colors=[colour], linestyles=["--", "-"])
+    axes.plot(value, law["c"]["value"], "+", color="black", ms=10)
+
+
+def draw_combined(families, fits):
+    """Both families: loss against size and against FLOPs, and the map of L(N, D) with the frontier of each."""
+    maps = [name for name in families if fits["families"][name]["parametric"]["status"] != "refused"]
+    figure = Figure(figsize=(11, 8.2 if maps else 4.4), layout="constrained")
+    axes = figure.subplots(1 + bool(maps), 2, squeeze=False)
+    panel(axes[0, 0], "a  loss against size", N_LABEL, L_LABEL)
+    panel(axes[0, 1], "b  loss against compute", "training FLOPs", L_LABEL)
+    for name, runs in families.items():
+        draw_law(axes[0, 0], *power_family(runs), name, fits["families"][name]["power_law"], 3)
+        draw_law(axes[0, 1], *power_family(runs, cost="flops"), name, fits["families"][name]["power_law_flops"], 3)
+    losses = [r["val_loss"] for runs in families.values() for r in runs if r["main"]]
+    room = max(losses) - min(losses)
+    for upper in axes[0]:
+        upper.set_ylim(max(min(losses) - 0.4 * room, 0), max(losses) + 0.15 * room)
+        upper.legend(fontsize=8)
+    for lower, name in zip(axes[1] if maps else (), maps, strict=False):
+        draw_map(lower, name, families[name], fits["families"][name])
+    for lower in axes[1][len(maps):] if maps else ():
+        lower.set_axis_off()
+    return figure
+
+
+def draw_map(axes, name, runs, fits):
+    """Lines of equal loss of L(N, D), the runs, and the compute-optimal frontier with its 95 % band."""
+    law, (colour, marker, _) = fits["parametric"], COLOURS.get(name, ("#009E73", "^", "-."))
+    panel(axes, f"{'c' if name == 'gpt' else 'd'}  {name.upper()}: lines of equal loss (nats per character), frontier",
+          N_LABEL, "D, training characters", "xy")
+    N, D = (np.array([r[k] for r in runs], float) for k in ("n_fit", "tokens"))
+    n, d = np.geomspace(N.min() / 2, N.max() * 3, 80), np.geomspace(D.min() / 2, D.max() * 8, 80)
+    A, B, E, alpha, beta = (law[k]["value"] for k in ("A", "B", "E", "alpha", "beta"))
+    lines = axes.contour(n, d, E + A * n**-alpha + (B * d**-beta)[:, None], 10, colors="0.5", linewidths=0.8)
+    axes.clabel(lines, fontsize=7)
+    axes.plot(N, D, marker, color=colour)
+    factor = fits["flops_per_parameter_token"]
+    rows = compute_frontier(law, np.geomspace(factor * n[0] * d[0], factor * n[-1] * d[-1], 41), factor)
+    n_, d_, lo, hi = (np.array([row[k] for row in rows]) for k in ("n", "d", "n_lo", "n_hi"))
+    axes.plot(n_, d_, "-", color="black", lw=1.5)
+    axes.fill_betweenx(d_, lo, hi, color="black", alpha=0.12, lw=0)
+    axes.set_xlim(n[0], n[-1])
+    axes.set_ylim(d[0], d[-1])
+
+
+def draw_curves(families, curves):
+    """Training (thin) and validation (marked) loss of every run, from light to dark with size."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    for axes, (name, runs) in zip(figure.subplots(1, max(len(families), 1), sharey=True, squeeze=False)[0],
+                                  families.items(), strict=True):
+        panel(axes, f"{name.upper()}: training loss (thin), validation loss (marked)", "training characters", L_LABEL)
+        shown = sorted((r for r in runs if r["run"] in curves), key=lambda r: r["n_fit"])
+        for run, shade in zip(shown, colormaps["viridis"](np.linspace(0.85, 0, len(shown))), strict=True):
+            curve = curves[run["run"]]
+            axes.plot(curve["tokens"], curve["train_loss"], color=shade, lw=0.6, alpha=0.6)
+            axes.plot(curve["val_tokens"], curve["val_loss"], COLOURS.get(name, "^^")[1], ls="-", color=shade, ms=4, label=run["run"])
+        if shown:
+            axes.legend(fontsize=8)
+    return figure
+
 
 @stage(version=1, knobs="", after=fit, root="SAVE_DIR")
 def evaluate(cfg):

@@ -1,0 +1,154 @@
+"""The whole study on made-up music: what it writes, when it works, how it goes on."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_midi
+
+import LakhMIDI as study
+from LakhMIDI import Cfg, UserError, main, run_stages
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_outputs_are_at_their_names(smoke):
+    data, runs = Path(smoke.DATA_ROOT), Path(smoke.SAVE_DIR)
+    for name in ("midi/artist 0/Title 0.mid", "abc/artist 0/Title 0.mid.abc", "abc/report.jsonl", "tokens/train.bin",
+                 "tokens/vocab.json", "tokens/stats.json", "tokens/length_distribution.png"):
+        assert (data / name).stat().st_size > 0
+    for name in ("gpt_8w.pt", "lstm_10w.pt", "scaling_results.json", "training_curves.json", "fits.json",
+                 "gpt_scaling.png", "lstm_scaling.png", "combined_scaling.png", "evaluation.json", "report.html"):
+        assert (runs / name).stat().st_size > 0
+    assert not list(data.rglob("*.partial")) and not list(runs.rglob("*.partial"))
+    assert len(list((runs / "best_samples").glob("*.mid"))) >= smoke.SAMPLES
+
+
+def test_every_file_is_in_the_books(smoke):
+    stats = study.read_json(smoke.tokens_root / "stats.json")
+    rows = study.read_jsonl(smoke.abc_root / "report.jsonl")
+    assert len(rows) == stats["files"] == stats["converted"] + sum(stats["rejected"].values()) == 65
+    assert all(("abc" in row) != ("reason" in row) for row in rows)
+    rejected = {row["file"]: row["reason"] for row in rows if "reason" in row}
+    assert set(rejected) == {"broken/cut.mid", "broken/empty.kar"}
+    assert stats["round_trip_f1"]["mean"] > 0.98
+
+
+def test_versions_of_a_work_stay_on_one_side_and_out_of_the_vocabulary_of_others(smoke):
+    tunes = study.read_jsonl(smoke.tokens_root / "tunes.jsonl")
+    sides = {tune["file"]: (tune["split"], tune["group"]) for tune in tunes}
+    versions = {sides[name] for name in ("artist 0/Title 0.mid", "versions/same.mid", "versions/UP.MID", "versions/organ.midi")}
+    assert len(versions) == 1
+    assert {tune["split"] for tune in tunes} == {"train", "val", "test"}
+    by_group = {}
+    for tune in tunes:
+        by_group.setdefault(tune["group"], set()).add(tune["split"])
+    assert all(len(splits) == 1 for splits in by_group.values())
+
+
+def test_token_files_hold_the_tunes(smoke):
+    vocab = study.read_vocab(smoke)
+    for split in ("train", "val", "test"):
+        ids = np.fromfile(smoke.tokens_root / f"{split}.bin", vocab.dtype)
+        for tune in [t for t in study.read_jsonl(smoke.tokens_root / "tunes.jsonl") if t["split"] == split]:
+            start, end = tune["start"], tune["start"] + tune["chars"] + 1
+            assert ids[start] == study.START and ids[end] == study.END
+            assert vocab.decode(ids[start + 1:end]) == (smoke.abc_root / f"{tune['file']}.abc").read_text()
+    assert list(vocab.chars[3:]) == sorted(vocab.chars[3:])
+
+
+def test_unknown_characters_are_counted_not_hidden():
+    vocab = study.Vocab(("<start>", "<end>", "<unknown>", "a", "b"))
+    assert list(vocab.encode("abz")) == list(vocab.table()[study.code_points("abz")]) == [3, 4, study.UNKNOWN]
+
+
+def test_token_files_do_not_depend_on_order_or_workers(smoke, tmp_path, midi_zip):
+    cfg = Cfg.smoke(tmp_path, LMD_ZIP_PATH=midi_zip, WORKERS=2)
+    run_stages(cfg, "extract", "tokenize")
+    for name in ("train.bin", "val.bin", "test.bin", "vocab.json", "tunes.jsonl"):
+        assert (cfg.tokens_root / name).read_bytes() == (smoke.tokens_root / name).read_bytes()
+
+
+def test_a_second_run_does_nothing(smoke, capsys):
+    before = {path: path.stat().st_mtime_ns for path in Path(smoke.SAVE_DIR).rglob("*")}
+    began = time.monotonic()
+    assert run_stages(smoke) is False
+    assert time.monotonic() - began < 5
+    assert capsys.readouterr().out.count("up to date") == len(study.STAGES)
+    assert before == {path: path.stat().st_mtime_ns for path in Path(smoke.SAVE_DIR).rglob("*")}
+
+
+def test_a_knob_makes_stale_what_is_below_it_and_nothing_above(smoke):
+    cfg = Cfg(**{name: getattr(smoke, name) for name in study.knob_names()} | {"LR": 0.5})
+    status = {stage.__name__: stage.status(cfg) for stage in study.STAGES}
+    assert {name for name, state in status.items() if state == "up to date"} == {"extract", "convert", "tokenize"}
+    assert status["train"] == "stale: LR changed"
+    with pytest.raises(UserError, match="train"):
+        study.fit(cfg)
+
+
+def test_a_lost_output_is_noticed(smoke):
+    path = Path(smoke.SAVE_DIR, "fits.json")
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:-10])
+        assert "fits.json" in study.fit.status(smoke)
+        assert study.train.status(smoke) == "up to date"
+    finally:
+        path.write_bytes(content)
+
+
+def test_a_killed_run_finishes_and_equals_an_unbroken_one(smoke, tmp_path, midi_zip):
+    flags = ["--STUDY", "smoke", "--DATA_ROOT", "data", "--SAVE_DIR", "runs", "--LMD_ZIP_PATH", str(midi_zip), "--WORKERS", "1",
+             "--DEVICE", "cpu", "--MAX_MIDI_FILES", "80", "--SAVE_EVERY_S", "0", "--EVAL_TOKENS", str(smoke.EVAL_TOKENS)]
+    command = [sys.executable, str(ROOT / "LakhMIDI.py"), *flags, "--to", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for seconds in (4, 6, 8):
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+    whole = json.loads(Path(smoke.SAVE_DIR, "scaling_results.json").read_text())["runs"]
+    again = json.loads((tmp_path / "runs" / "scaling_results.json").read_text())["runs"]
+    assert [(row["run"], row["tokens"], row["val_loss"]) for row in again] == \
+        [(row["run"], row["tokens"], row["val_loss"]) for row in whole]
+    for path in Path(smoke.SAVE_DIR).glob("*.pt"):
+        first, second = (torch.load(p, weights_only=True)["model"] for p in (path, tmp_path / "runs" / path.name))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_local_folder_is_read_in_place(tmp_path):
+    folder = tmp_path / "mine"
+    for seed in range(12):
+        (folder / f"set {seed % 2}").mkdir(parents=True, exist_ok=True)
+        (folder / f"set {seed % 2}" / f"Title {seed}.MID").write_bytes(make_midi(seed))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    cfg = Cfg.smoke(tmp_path / "study", USE_LOCAL_MIDI=True, LOCAL_MIDI_ROOT=folder)
+    run_stages(cfg, "extract", "tokenize")
+    assert study.read_json(cfg.tokens_root / "stats.json")["converted"] == 12
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    (folder / "set 0" / "new.mid").write_bytes(make_midi(99))
+    assert study.extract.status(cfg).startswith("stale")
+
+
+def test_status_and_version_of_a_fresh_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--status"]) == 0
+    assert capsys.readouterr().out.count("not run") == len(study.STAGES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_readme_gives_the_command_that_ci_runs():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
+    command = ci.strip().splitlines()[-1]
+    assert f"\n{command}\n" in readme
