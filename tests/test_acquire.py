@@ -1,0 +1,507 @@
+"""Acquire: hostile archives, interrupted downloads, folders, and a handful of the embedded tunes."""
+
+import functools
+import hashlib
+import http.server
+import io
+import os
+import struct
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import LakhMIDI as acquire
+from LakhMIDI import Cfg, UserError, read_json
+
+MIDI = b"MThd\0\0\0\6\0\0\0\1\1\xe0MTrk\0\0\0\4\0\xff\x2f\0"
+
+
+
+@pytest.fixture
+def extract(tmp_path, monkeypatch):
+    """extract(**knobs) -> (midi_index.json, {path: bytes} of midi_root)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(**knobs):
+        cfg = Cfg(DATA_ROOT=tmp_path / "data", WORKERS=2, **knobs)
+        acquire.extract(cfg)
+        index = read_json(tmp_path / "data" / "midi_index.json")
+        assert index["seen"] == len(index["files"]) + sum(index["skipped"].values())
+        assert index["files"] == sorted(set(index["files"]))
+        assert all((cfg.midi_root / file).is_file() for file in index["files"])
+        return index
+
+    return run
+
+
+def tar(path, members, mode="w"):
+    """A tar of (name or TarInfo, bytes)."""
+    with tarfile.open(path, mode) as archive:
+        for name, data in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def zip_(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return path
+
+
+def outside(tmp_path):
+    """Every file that is neither below midi_root nor one of the stage's own."""
+    own = (tmp_path / "data",)
+    return {p for p in tmp_path.rglob("*") if p.is_file() and not any(p.is_relative_to(o) for o in own)}
+
+
+@pytest.mark.parametrize("kind", ["zip", "w", "w:gz", "w:bz2", "w:xz"])
+def test_every_archive_by_content_not_by_name(extract, tmp_path, kind):
+    members = [
+        ("a/x.mid", MIDI),
+        ("a/Y.MIDI", MIDI),
+        ("k.KAR", MIDI),
+        ("b/c/r.rmi", MIDI),
+        ("readme.txt", b"hello"),
+        ("__MACOSX/a/._x.mid", b"fork"),
+        ("a/._x.mid", b"fork"),
+        (".hidden/x.mid", MIDI),
+        ("inner.zip", b"PK"),
+    ]
+    path = tmp_path / "archive.bin"
+    zip_(path, members) if kind == "zip" else tar(path, members, kind)
+    index = extract(LMD_ZIP_PATH=path)
+    assert index["files"] == ["a/Y.MIDI", "a/x.mid", "b/c/r.rmi", "k.KAR"]
+    assert index["skipped"] == {"not .mid, .midi, .kar or .rmi": 2, "hidden": 3}
+    assert (tmp_path / "data/midi/a/x.mid").read_bytes() == MIDI
+
+
+HOSTILE = [
+    "/abs.mid",
+    "../up.mid",
+    "a/../../up.mid",
+    "C:/drive.mid",
+    "c:drive.mid",
+    "..\\win.mid",
+    "\\\\host\\x.mid",
+    "a/" + "n" * 241 + ".mid",
+    "/".join("d" * 40 for _ in range(20)) + "/deep.mid",
+]
+
+
+@pytest.mark.parametrize("pack", [zip_, tar])
+def test_hostile_names_are_refused(extract, tmp_path, pack):
+    path = pack(tmp_path / "hostile", [("ok.mid", MIDI), *((name, MIDI) for name in HOSTILE)])
+    before = outside(tmp_path)
+    index = extract(LMD_ZIP_PATH=path)
+    assert index["files"] == ["ok.mid"]
+    assert index["skipped"] == {"unsafe path": 7, "name too long": 2}
+    assert outside(tmp_path) == before
+
+
+@pytest.mark.parametrize("pack", [zip_, tar])
+def test_odd_names_become_portable_and_never_collide(extract, tmp_path, pack):
+    names = [
+        "Who?.mid",
+        "who_.MID",
+        "a.mid",
+        "A.mid",
+        "a.mid",
+        "a-2.mid",
+        "a.mid/b.mid",
+        "tab\there.mid",
+        "dot./x.mid",
+        "win\\dows.mid",
+        "./a/./x.mid",
+        "caf\u00e9.mid",
+        "cafe\u0301.mid",
+    ]
+    contents = [MIDI + bytes([i]) for i in range(len(names))]
+    index = extract(LMD_ZIP_PATH=pack(tmp_path / "odd", zip(names, contents, strict=True)))
+    files = index["files"]
+    assert len(files) == len({f.casefold() for f in files}) == len(names) and not index["skipped"]
+    assert {(tmp_path / "data/midi" / f).read_bytes() for f in files} == set(contents)
+    assert {
+        "Who_.mid",
+        "a.mid",
+        "a.mid_/b.mid",
+        "tab_here.mid",
+        "dot_/x.mid",
+        "win/dows.mid",
+        "a/x.mid",
+    } <= set(files)
+
+
+def test_names_that_are_not_utf8(extract, tmp_path):
+    path = tar(tmp_path / "latin.tar", [("M\udcfcller.mid", MIDI), ("M\udce4ller.mid", MIDI + b"2")])
+    assert extract(LMD_ZIP_PATH=path)["files"] == ["M_ller-2.mid", "M_ller.mid"]
+
+
+def test_links_devices_and_empty_files(extract, tmp_path, monkeypatch):
+    monkeypatch.setattr(acquire, "MAX_FILE_BYTES", 1000)
+    special = []
+    for i, kind in enumerate(
+        [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE]
+    ):
+        info = tarfile.TarInfo(f"{i}.mid")
+        info.type, info.linkname = kind, "/etc/passwd"
+        special.append((info, b""))
+    index = extract(
+        LMD_ZIP_PATH=tar(
+            tmp_path / "t", [("ok.mid", MIDI), *special, ("e.mid", b""), ("big.mid", b"x" * 1001)]
+        )
+    )
+    assert index["files"] == ["ok.mid"]
+    assert index["skipped"] == {"link or device": 5, "empty": 1, "larger than 0 MiB": 1}
+    link = zipfile.ZipInfo("link.mid")
+    link.external_attr = 0o120777 << 16
+    assert extract(LMD_ZIP_PATH=zip_(tmp_path / "z", [("ok.mid", MIDI), (link, "/etc/passwd")]))[
+        "skipped"
+    ] == {"link or device": 1}
+
+
+def test_member_through_a_link_that_was_already_there(extract, tmp_path):
+    path = zip_(tmp_path / "z", [("sub/a.mid", MIDI), ("b.mid", MIDI)])
+    extract(LMD_ZIP_PATH=path)
+    root, precious = tmp_path / "data/midi", tmp_path / "precious"
+    precious.mkdir()
+    (precious / "mine.txt").write_text("mine")
+    (root / "b.mid").unlink()
+    (root / "b.mid").symlink_to(precious / "mine.txt")
+    os.utime(path, (1, 1))  # another source now
+    extract(LMD_ZIP_PATH=path)
+    assert (precious / "mine.txt").read_text() == "mine" and (root / "b.mid").read_bytes() == MIDI
+    (root / "sub/a.mid").unlink()
+    (root / "sub").rmdir()
+    (root / "sub").symlink_to(precious)
+    os.utime(path, (2, 2))
+    with pytest.raises(UserError, match="link that leads out"):
+        extract(LMD_ZIP_PATH=path)
+    assert [p.name for p in precious.iterdir()] == ["mine.txt"]
+
+
+def test_hard_linked_file_is_not_written_through(extract, tmp_path):
+    extract(LMD_ZIP_PATH=zip_(tmp_path / "1.zip", [("a.mid", MIDI)]))
+    os.link(tmp_path / "data/midi/a.mid", tmp_path / "backup.mid")
+    extract(LMD_ZIP_PATH=zip_(tmp_path / "2.zip", [("a.mid", MIDI + b"other")]))
+    assert (tmp_path / "backup.mid").read_bytes() == MIDI
+
+
+def test_a_folder_of_others_is_left_alone(extract, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "a.mid").write_bytes(b"mine")
+    with pytest.raises(UserError, match="MIDI_ROOT"):
+        extract(LMD_ZIP_PATH=zip_(tmp_path / "z", [("a.mid", MIDI)]), MIDI_ROOT=mine)
+    assert (mine / "a.mid").read_bytes() == b"mine" and len(list(mine.iterdir())) == 1
+
+
+def test_stale_files_stay_out_of_the_index_and_are_replaced(extract, tmp_path):
+    extract(LMD_ZIP_PATH=zip_(tmp_path / "1.zip", [("a.mid", MIDI), ("old.mid", MIDI)]))
+    (tmp_path / "data/midi/cut.mid").write_bytes(MIDI[:5])  # as a killed run would leave it
+    index = extract(LMD_ZIP_PATH=zip_(tmp_path / "2.zip", [("a.mid", MIDI + b"2"), ("cut.mid", MIDI)]))
+    assert index["files"] == ["a.mid", "cut.mid"]
+    assert (tmp_path / "data/midi/a.mid").read_bytes() == MIDI + b"2"
+    assert (tmp_path / "data/midi/cut.mid").read_bytes() == MIDI
+
+
+def test_encrypted_and_damaged_zip_members(extract, tmp_path):
+    path = zip_(tmp_path / "z", [("ok.mid", MIDI), ("locked.mid", MIDI), ("bad.mid", bytes(range(256)))])
+    data = bytearray(path.read_bytes())
+    for magic, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = data.find(magic, data.find(magic) + 1)
+        data[at + flags] |= 1
+    data[data.find(b"bad.mid") + 30] ^= 255
+    path.write_bytes(data)
+    assert extract(LMD_ZIP_PATH=path)["skipped"] == {"encrypted": 1, "damaged in the archive": 1}
+
+
+def test_overlapping_zip_members(extract, tmp_path):
+    path = zip_(tmp_path / "z", [("a.mid", MIDI * 99), ("b.mid", MIDI * 99)])
+    data = bytearray(path.read_bytes())
+    second = data.rfind(b"PK\1\2")
+    data[second + 42 : second + 46] = struct.pack("<I", 0)  # both in the central directory point at the first
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="overlap"):
+        extract(LMD_ZIP_PATH=path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "w:gz", "w:bz2", "w:xz"])
+def test_bombs(extract, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(acquire, "FREE_RATIO_BYTES", 2**20)
+    bomb = [("ok.mid", MIDI), ("zeros.mid", bytes(8 * 2**20)), ("zeros.bin", bytes(8 * 2**20))]
+    path = tmp_path / "bomb"
+    zip_(path, bomb) if kind == "zip" else tar(path, bomb, kind)
+    with pytest.raises(UserError, match="unpacks to more"):
+        extract(LMD_ZIP_PATH=path)
+    assert not (tmp_path / "data/midi_index.json").exists()
+
+
+def test_bomb_behind_the_end_of_a_tar(extract, tmp_path, monkeypatch):
+    monkeypatch.setattr(acquire, "FREE_RATIO_BYTES", 2**20)
+    import gzip
+
+    path = tar(tmp_path / "t", [("ok.mid", MIDI)])
+    path.write_bytes(gzip.compress(path.read_bytes() + bytes(32 * 2**20)))
+    with pytest.raises(UserError, match="unpacks to more"):
+        extract(LMD_ZIP_PATH=path)
+
+
+def test_huge_long_name_header(extract, tmp_path):
+    info = tarfile.TarInfo("././@LongLink")
+    info.type = tarfile.GNUTYPE_LONGNAME
+    with pytest.raises(UserError, match="header"):
+        extract(
+            LMD_ZIP_PATH=tar(tmp_path / "t", [("ok.mid", MIDI), (info, bytes(2**20 + 1)), ("x.mid", MIDI)])
+        )
+
+
+def test_too_many_members(extract, tmp_path, monkeypatch):
+    monkeypatch.setattr(acquire, "MAX_MEMBERS", 5)
+    with pytest.raises(UserError, match="more than 5"):
+        extract(LMD_ZIP_PATH=tar(tmp_path / "t", [(f"{i}.mid", MIDI) for i in range(6)]))
+
+
+def test_full_disk(extract, tmp_path, monkeypatch):
+    monkeypatch.setattr(acquire, "SPARE_DISK_BYTES", 2**60)
+    with pytest.raises(UserError, match="full"):
+        extract(LMD_ZIP_PATH=zip_(tmp_path / "z", [("a.mid", MIDI)]))
+
+
+@pytest.mark.parametrize("kind", ["zip", "w", "w:gz", "w:bz2", "w:xz"])
+def test_cut_off_at_every_place(extract, tmp_path, kind):
+    """No cut may pass for a whole archive; only the zeros that pad a tar may go."""
+    members = [(f"{i}.mid", os.urandom(700)) for i in range(3)]
+    path = tmp_path / "whole"
+    zip_(path, members) if kind == "zip" else tar(path, members, kind)
+    data = path.read_bytes()
+    end = data.rstrip(b"\0") if kind == "w" else data
+    for cut in {0, 1, 100, 512, 600, 1536, len(end) // 2, len(end) - 600, len(end) - 9, len(end) - 1}:
+        path.write_bytes(data[:cut])
+        with pytest.raises(UserError, match="whole"):
+            extract(LMD_ZIP_PATH=path)
+        assert not (tmp_path / "data/midi_index.json").exists()
+
+
+def test_garbled_tar_header(extract, tmp_path):
+    path = tar(tmp_path / "t", [(f"{i}.mid", MIDI) for i in range(3)])
+    data = bytearray(path.read_bytes())
+    data[1024 + 150] ^= 255  # in the checksum of the second header
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged"):
+        extract(LMD_ZIP_PATH=path)
+
+
+def test_users_mistakes(extract, tmp_path):
+    (tmp_path / "text.zip").write_text("not an archive at all" * 99)
+    (tmp_path / "empty").mkdir()
+    for knobs, words in [
+        ({"LMD_ZIP_PATH": "no.zip"}, "no file"),
+        ({"LMD_ZIP_PATH": tmp_path}, "LOCAL_MIDI_ROOT"),
+        ({"LMD_ZIP_PATH": "text.zip"}, "no ZIP or tar"),
+        ({"USE_LOCAL_MIDI": True}, "no folder"),
+        ({"USE_LOCAL_MIDI": True, "LOCAL_MIDI_ROOT": "gone"}, "no folder"),
+        ({"USE_LOCAL_MIDI": True, "LOCAL_MIDI_ROOT": "empty"}, "no MIDI files"),
+        ({"USE_LOCAL_MIDI": True, "LOCAL_MIDI_ROOT": tmp_path}, "inside LOCAL_MIDI_ROOT"),
+        ({"LMD_DOWNLOAD": "lakh"}, "choose full, matched, clean"),
+        ({"LMD_DOWNLOAD": "full", "LMD_ZIP_PATH": "x"}, "only one"),
+        ({"LMD_ZIP_PATH": zip_(tmp_path / "n.zip", [("a.txt", b"x")])}, "no MIDI files"),
+    ]:
+        with pytest.raises(UserError, match=words) as error:
+            extract(**knobs)
+        assert "\n" not in str(error.value)
+
+
+def test_choice_does_not_depend_on_the_order(extract, tmp_path):
+    names = [f"{i}.mid" for i in range(50)]
+    chosen = [
+        extract(LMD_ZIP_PATH=pack(tmp_path / f"{i}", [(n, MIDI) for n in order]), MAX_MIDI_FILES=7)
+        for i, (pack, order) in enumerate([(zip_, names), (tar, names[::-1]), (tar, sorted(names))])
+    ]
+    local = tmp_path / "local"
+    local.mkdir()
+    for name in names:
+        (local / name).write_bytes(MIDI)
+    chosen.append(extract(USE_LOCAL_MIDI=True, LOCAL_MIDI_ROOT=local, MAX_MIDI_FILES=7))
+    assert len({tuple(index["files"]) for index in chosen}) == 1 and len(chosen[0]["files"]) == 7
+    assert all(index["skipped"] == {"over MAX_MIDI_FILES": 43} for index in chosen)
+
+
+def test_local_folder_is_only_read_and_watched(extract, tmp_path):
+    root = tmp_path / "mine"
+    (root / "sub").mkdir(parents=True)
+    for name in ("a.mid", "sub/B.KAR", "x.txt", "._a.mid"):
+        (root / name).write_bytes(MIDI)
+    (root / "empty.mid").touch()
+    (root / "broken.mid").symlink_to("gone")
+    os.mkfifo(root / "fifo.mid")
+    before = sorted(root.rglob("*"))
+    knobs = {"USE_LOCAL_MIDI": True, "LOCAL_MIDI_ROOT": root}
+    index = extract(**knobs)
+    assert index["files"] == ["a.mid", "sub/B.KAR"] and index["root"] == str(root)
+    assert index["skipped"] == {
+        "not .mid, .midi, .kar or .rmi": 1,
+        "hidden": 1,
+        "empty": 1,
+        "broken link or device": 2,
+    }
+    assert sorted(root.rglob("*")) == before
+    cfg = Cfg(DATA_ROOT=tmp_path / "data", **knobs)
+    assert acquire.extract(cfg) is False
+    (root / "c.mid").write_bytes(MIDI)
+    assert acquire.extract(cfg) is True
+
+
+def test_embedded_tunes(extract, tmp_path):
+    index = extract(MAX_MIDI_FILES=6)
+    assert len(index["files"]) == 6 and index["seen"] == 12762
+    for file in index["files"]:
+        assert (tmp_path / "data/midi" / file).read_bytes().startswith(b"MThd")
+        assert file.split("/")[0] in acquire.FOLK_BOOKS
+    assert set(index["files"]) <= set(extract(MAX_MIDI_FILES=12)["files"])
+
+
+def test_abc2midi_that_hangs_or_fails(tmp_path):
+    program = tmp_path / "abc2midi"
+    program.write_text("#!/bin/sh\nsleep 5\n")
+    program.chmod(0o700)
+    with pytest.raises(acquire.Skip, match="timed out"):
+        acquire.run_abc2midi(program, b"X:1\n", timeout_s=0.2)
+    program.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    with pytest.raises(acquire.Skip, match="failed"):
+        acquire.run_abc2midi(program, b"X:1\n")
+
+
+# --- download
+
+BODY = os.urandom(300_000)
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.0"
+
+    def do_GET(self):
+        how = self.server.how
+        self.server.asked.append(self.headers.get("Range"))
+        body, etag, start = how.get("body", BODY), how.get("etag", '"1"'), 0
+        if "status" in how:
+            self.send_error(how["status"] if len(self.server.asked) <= how.get("times", 99) else 200)
+            return
+        span = self.headers.get("Range")
+        if span and not how.get("no_range") and (how.get("rude") or self.headers.get("If-Range") == etag):
+            start = int(span[6:-1])
+            self.send_response(206 if start < len(body) else 416)
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        else:
+            self.send_response(200)
+        if how.get("length", True):
+            self.send_header("Content-Length", str(len(body) - start))
+        if etag:
+            self.send_header("ETag", etag)
+        self.end_headers()
+        cuts = how.get("cuts", [])
+        self.wfile.write(body[start : cuts.pop(0) if cuts else None])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.asked, server.how = [], {}
+        server.url = f"http://127.0.0.1:{server.server_port}/x.tar.gz"
+        threading.Thread(target=functools.partial(server.serve_forever, 0.02), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def download(server, tmp_path):
+    return functools.partial(acquire.download, server.url, tmp_path / "down" / "x.tar.gz", pauses=(0, 0, 0))
+
+
+def test_download_is_resumed_after_cuts(server, download, tmp_path):
+    server.how = {"cuts": [100_000, 200_000]}
+    assert download(sha256=SHA256).read_bytes() == BODY
+    assert server.asked == [None, "bytes=65536-", "bytes=196608-"]
+    assert os.listdir(tmp_path / "down") == ["x.tar.gz"]
+    assert download() and len(server.asked) == 3  # it is there
+
+
+def test_download_is_resumed_by_the_next_run(server, download, tmp_path):
+    server.how = {"cuts": [100_000]}
+    with pytest.raises(UserError, match="broke off"):
+        download(pauses=())
+    assert not (tmp_path / "down/x.tar.gz").exists()
+    assert download(sha256=SHA256).read_bytes() == BODY and server.asked[1:] == ["bytes=65536-"]
+
+
+@pytest.mark.parametrize("how", [{"no_range": True}, {"etag": ""}, {"etag": 'W/"1"'}])
+def test_server_that_knows_no_range(server, download, how):
+    server.how = {"cuts": [100_000], **how}
+    assert download(sha256=SHA256).read_bytes() == BODY
+
+
+@pytest.mark.parametrize("rude", [False, True])
+@pytest.mark.parametrize("size", [400_000, 50_000])
+def test_file_changes_on_the_server(server, download, rude, size):
+    server.how = {"cuts": [100_000]}
+    with pytest.raises(UserError):
+        download(pauses=())
+    new = os.urandom(size)
+    server.how = {"body": new, "etag": '"2"', "rude": rude}
+    assert download().read_bytes() == new
+
+
+def test_whole_part_that_was_not_renamed(server, download, tmp_path):
+    server.how = {"cuts": [100_000]}
+    with pytest.raises(UserError):
+        download(pauses=())
+    (tmp_path / "down/x.tar.gz.part").write_bytes(BODY)
+    assert download(sha256=SHA256).read_bytes() == BODY and len(server.asked) == 1
+
+
+def test_no_length(server, download):
+    server.how = {"length": False}
+    assert download(sha256=SHA256).read_bytes() == BODY
+
+
+def test_wrong_checksum(server, download, tmp_path):
+    with pytest.raises(UserError, match="not the known file"):
+        download(sha256="0" * 64)
+    assert not (tmp_path / "down/x.tar.gz").exists()
+    assert download(sha256=SHA256).read_bytes() == BODY
+
+
+def test_refused(server, download):
+    server.how = {"status": 404}
+    with pytest.raises(UserError, match="404"):
+        download()
+    assert len(server.asked) == 1
+    server.how = {"status": 503}
+    with pytest.raises(UserError, match="503"):
+        download()
+    assert len(server.asked) == 5
+
+
+def test_offline(tmp_path):
+    with pytest.raises(UserError, match="can't download") as error:
+        acquire.download("http://127.0.0.1:9/x", tmp_path / "x", pauses=(0,))
+    assert "\n" not in str(error.value)
+
+
+def test_lakh_by_download(server, extract, tmp_path, monkeypatch):
+    body = tar(tmp_path / "t", [("lmd_full/0/a.mid", MIDI)], "w:gz").read_bytes()
+    monkeypatch.setattr(acquire, "LAKH_URL", server.url.rsplit("/", 1)[0] + "/")
+    monkeypatch.setattr(acquire, "LAKH", {"full": ("lmd_full.tar.gz", hashlib.sha256(body).hexdigest())})
+    server.how = {"body": body}
+    assert extract(LMD_DOWNLOAD="full")["files"] == ["lmd_full/0/a.mid"]
+    Path(tmp_path, "data/downloads/lmd_full.tar.gz").unlink()  # to save space: nothing becomes stale
+    assert acquire.extract(Cfg(DATA_ROOT=tmp_path / "data", LMD_DOWNLOAD="full")) is False
