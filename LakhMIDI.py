@@ -2316,6 +2316,7 @@ def count_params(model):
     n_fit = total - model.embed.weight.numel()
     return {"n_params": total, "n_fit": n_fit, "n_non_embedding": n_fit - model.head.weight.numel()}
 
+
 # ============================================================================================================
 # 7 Train: tokens/ -> gpt_*.pt, lstm_*.pt, scaling_results.json, training_curves.json
 # ============================================================================================================
@@ -2752,6 +2753,11 @@ def write_results(runs, cfg):
 
 def device_name(cfg):
     return torch.cuda.get_device_name() if cfg.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+# ============================================================================================================
+# 8 Fit: scaling_results.json -> fits.json, scaling_points.csv, *_scaling.png
+# ============================================================================================================
 
 
 class Table(NamedTuple):
