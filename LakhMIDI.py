@@ -34,6 +34,7 @@ import functools
 import gzip
 import hashlib
 import heapq
+import html
 import importlib.metadata
 import importlib.util
 import inspect
@@ -50,7 +51,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 import unicodedata
 import zipfile
@@ -145,6 +145,7 @@ class Cfg(metaclass=KnobType):
     LMD_ZIP_PATH = ""  # a ZIP, tar or tar.gz of MIDI files, such as lmd_full.tar.gz
     USE_LOCAL_MIDI = False  # read the folder LOCAL_MIDI_ROOT in place instead of an archive
     LOCAL_MIDI_ROOT = ""  # a folder of MIDI files; it is never changed
+    DATASET = ""  # thesession: tunes in ABC from The Session; or the path of a tunes.csv or tunes.json like its own
     MAX_MIDI_FILES = 0  # use at most so many files, chosen by a hash of their path; 0 = all
     # --- where things go
     DATA_ROOT = "data_lakh"  # everything made from the MIDI files
@@ -158,6 +159,7 @@ class Cfg(metaclass=KnobType):
     MIN_NOTES = 8  # a shorter tune is rejected
     VAL_FRAC = 0.0  # share of the characters for validation; 0 = 1 %, more on a small corpus (EVAL_TOKENS)
     TEST_FRAC = 0.0  # share for the final test; 0 = as VAL_FRAC
+    SPLIT_BY = "work"  # what stays on one side: work (all versions of it) | file (leaks, as published splits do)
     EVAL_TOKENS = 2_000_000  # a loss is taken over this many held-out characters at most, always the same ones
     # --- study
     STUDY = "auto"  # smoke | cpu | full; auto = full on CUDA, else cpu
@@ -223,12 +225,14 @@ class Cfg(metaclass=KnobType):
 
     @property
     def corpus(self):
-        """The MIDI files of this study in words."""
+        """The music of this study in words."""
         if self.LMD_DOWNLOAD:
             return f"the Lakh MIDI Dataset ({self.LMD_DOWNLOAD})"
         if self.LMD_ZIP_PATH:
             return Path(self.LMD_ZIP_PATH).name
-        return f"folder {self.LOCAL_MIDI_ROOT}" if self.USE_LOCAL_MIDI else "the folk tunes bundled with music21"
+        if self.DATASET:  # what it came to is known once the dump is there
+            return read_json(Path(self.DATA_ROOT, "midi_index.json"), {}).get("corpus", self.DATASET)
+        return f"folder {self.LOCAL_MIDI_ROOT}" if self.USE_LOCAL_MIDI else FOLK
 
     @property
     def study(self):
@@ -285,6 +289,7 @@ class Cfg(metaclass=KnobType):
         need(self.STUDY in ("auto", *STUDIES), f"STUDY is {self.STUDY!r}; choose auto, {', '.join(STUDIES)}")
         need(self.DEVICE in ("auto", "cpu", "cuda"), f"DEVICE is {self.DEVICE!r}; choose auto, cpu or cuda")
         need(self.DEVICE != "cuda" or torch.cuda.is_available(), "DEVICE is cuda, but torch sees no CUDA GPU; use cpu")
+        need(self.SPLIT_BY in ("work", "file"), f"SPLIT_BY is {self.SPLIT_BY!r}; choose work or file")
         need(self.VAL_FRAC + self.TEST_FRAC <= 0.5, "VAL_FRAC + TEST_FRAC must leave at least half of the data to train")
         need(self.batch_tokens % self.seq_len == 0, f"BATCH_TOKENS ({self.batch_tokens}) must be a multiple of "
                                                     f"SEQ_LEN ({self.seq_len})")
@@ -465,6 +470,11 @@ LAKH = {  # https://colinraffel.com/projects/lmd/, in bytes: 1,768,163,879, 1,40
     "matched": ("lmd_matched.tar.gz", "621ff830aed771f469e5bfa13dc12a33c6ed69090adeda63d0b5c47783af0191"),
     "clean": ("clean_midi.tar.gz", "de1bb64cbc0cf35545a05b5c3e786aa6890cfa144edffc4b827ff41bf8c33dc5"),
 }
+# The dump of 2020-01-30, under the plain Open Database License. Since 2025-10-08 the licence forbids the use with large
+# language models: whether a newer dump, which DATASET takes as a path, may be used for this is for its user to judge.
+THESESSION_URL = ("https://raw.githubusercontent.com/adactio/TheSession-data/"
+                  "6866ebe1be5bd5420fd9dc0e7d0424e4a014d74e/csv/tunes.csv")
+FOLK = "the folk tunes bundled with music21"
 FOLK_BOOKS = ("airdsAirs", "essenFolksong", "oneills1850", "ryansMammoth")  # in music21, public domain
 MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 # What no honest archive of MIDI files comes near (Lakh has 178,561 of them):
@@ -482,14 +492,16 @@ class Skip(Exception):
 
 def source_id(cfg):
     """A dict that tells the source from any other without reading it. Raises UserError if there is none."""
-    chosen = [knob for knob in ("LMD_DOWNLOAD", "LMD_ZIP_PATH", "USE_LOCAL_MIDI") if getattr(cfg, knob)]
-    need(len(chosen) <= 1, f"{' and '.join(chosen)} each name a source of MIDI files; set only one of them")
+    chosen = [knob for knob in ("LMD_DOWNLOAD", "LMD_ZIP_PATH", "USE_LOCAL_MIDI", "DATASET") if getattr(cfg, knob)]
+    need(len(chosen) <= 1, f"{' and '.join(chosen)} each name a source of music; set only one of them")
+    if cfg.DATASET == "thesession":
+        return {"dump": THESESSION_URL}
     if cfg.LMD_DOWNLOAD:
         need(cfg.LMD_DOWNLOAD in LAKH, f"LMD_DOWNLOAD is {cfg.LMD_DOWNLOAD!r}; choose {', '.join(LAKH)}")
         return dict(zip(("archive", "sha256"), LAKH[cfg.LMD_DOWNLOAD], strict=True))
-    if cfg.LMD_ZIP_PATH:
-        path = Path(cfg.LMD_ZIP_PATH)
-        need(path.is_file(), f"LMD_ZIP_PATH: there is no file {path} (LOCAL_MIDI_ROOT takes a folder)")
+    if cfg.LMD_ZIP_PATH or cfg.DATASET:
+        path = Path(cfg.LMD_ZIP_PATH or cfg.DATASET)
+        need(path.is_file(), f"{chosen[0]}: there is no file {path}" + " (LOCAL_MIDI_ROOT takes a folder)" * path.is_dir())
         return {"archive": path.name, "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
     if cfg.USE_LOCAL_MIDI:
         root = cfg.LOCAL_MIDI_ROOT
@@ -501,7 +513,6 @@ def source_id(cfg):
 
 # --- names
 
-
 def is_midi(name):
     return name.lower().endswith(MIDI_SUFFIXES)
 
@@ -511,14 +522,14 @@ def rank(name):
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def check_name(name):
-    """The parts of a name; raises Skip for what is no MIDI file, or would lead out of its folder."""
+def check_name(name, suffixes=MIDI_SUFFIXES):
+    """The parts of a name; raises Skip for what is no music file, or would lead out of its folder."""
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")]
-    if not is_midi(name):
-        raise Skip("not .mid, .midi, .kar or .rmi")  # an archive in the archive, too
-    if name[0] in "/\\" or name[1] == ":" or ".." in parts or "\0" in name:
+    if not name.lower().endswith(suffixes):
+        raise Skip(f"not {', '.join(suffixes)}")  # an archive in the archive, too
+    if name[0] in "/\\" or name[1] == ":" or ".." in parts:
         raise Skip("unsafe path")
-    if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+    if any(part.startswith((".", "__MACOSX")) for part in parts):
         raise Skip("hidden")  # macOS packs a resource fork ._a.mid with every a.mid
     if len(name) > 400 or max(len(part.encode("utf-8", "surrogatepass")) for part in parts) > 240:
         raise Skip("name too long")
@@ -530,23 +541,18 @@ UNPORTABLE = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]|[. ]\Z')
 
 
 def portable_path(parts, taken):
-    """A path for every file system, unlike all in the Counter `taken` even where case does not count."""
+    """A path for every file system, unlike all in the set `taken` even where case does not count."""
     *folders, file = (UNPORTABLE.sub("_", part) for part in parts)
     folders = [folder + "_" * is_midi(folder) for folder in folders]  # a.mid/b.mid must not bar a.mid
-    path = first = "/".join([*folders, file])
-
-    def key(path):
-        return unicodedata.normalize("NFC", path).casefold()
-
-    while taken[key(path)]:
-        taken[key(first)] += 1
-        path = f"-{taken[key(first)]}".join(os.path.splitext(first))
-    taken[key(path)] += 1
+    stem, suffix = os.path.splitext("/".join([*folders, file]))
+    path, number = stem + suffix, len(taken)
+    while (key := unicodedata.normalize("NFC", path).casefold()) in taken:
+        path, number = f"{stem}-{number}{suffix}", number + 1
+    taken.add(key)
     return path
 
 
 # --- archives: generators of (name of a member, function that reads it or raises Skip)
-
 
 def check_bomb(path, unpacked):
     limit = min(MAX_UNPACKED_BYTES, FREE_RATIO_BYTES + MAX_RATIO * os.path.getsize(path))
@@ -557,9 +563,6 @@ def zip_members(path):
     with zipfile.ZipFile(path) as archive:
         infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
         check_bomb(path, sum(info.file_size for info in infos))  # zipfile reads no more than is declared
-        ends = [info.header_offset + 30 + info.compress_size for info in infos]
-        overlap = any(end > info.header_offset for end, info in zip(ends, infos[1:], strict=False))
-        need(not overlap, f"{path} has members that overlap: refused as made to do harm")
         for info in progress(infos, "extract", unit="file"):
             if not info.is_dir():
                 yield info.orig_filename, functools.partial(read_zip_member, archive, info)
@@ -620,7 +623,6 @@ def read_tar_member(tar, member):
 
 # --- the folk tunes bundled with music21
 
-
 def folk_members(cfg):
     """The tunes turned into MIDI files in the order of their rank: the first MAX_MIDI_FILES will be used."""
     corpus = Path(importlib.util.find_spec("music21").origin).parent / "corpus"  # an import takes seconds
@@ -630,50 +632,131 @@ def folk_members(cfg):
             number = int(re.match(rb"X:\s*(\d+)", tune)[1])
             tunes[f"{book.parent.name}/{book.stem}_{number:04d}.mid"] = tune
     names = sorted(tunes, key=rank)
-    with abc2midi_program() as program, ThreadPool(2 * cfg.workers) as pool:  # threads mostly wait
-        make = functools.partial(run_abc2midi, program)
-        jobs = {name: pool.apply_async(make, [tunes[name]]) for name in names[:cfg.MAX_MIDI_FILES or None]}
+    with ThreadPool(2 * cfg.workers) as pool:  # threads mostly wait
+        jobs = {name: pool.apply_async(run_abc2midi, [tunes[name]]) for name in names[:cfg.MAX_MIDI_FILES or None]}
         for name in progress(names, "extract", unit="tune"):
-            yield name, jobs[name].get if name in jobs else functools.partial(make, tunes[name])
+            yield name, jobs[name].get if name in jobs else functools.partial(run_abc2midi, tunes[name])
 
 
-@contextlib.contextmanager
-def abc2midi_program():
-    """Yields the path of a private copy of the abc2midi in symusic, which pip leaves without the run bit."""
+def run_abc2midi(abc, timeout_s=20):
+    """The bytes of a MIDI file for those of one tune (whole books crash abc2midi). Raises Skip, UserError.
+
+    The program comes with symusic, and pip leaves it without the run bit: a private copy is run.
+    """
     bundled = Path(importlib.util.find_spec("symusic").origin).parent / "bin"
     with tempfile.TemporaryDirectory(prefix="abc2midi", ignore_cleanup_errors=True) as folder:
-        program = Path(shutil.copy(next(bundled.glob("abc2midi*")), folder))
-        program.chmod(0o700)
-        yield program
-
-
-def run_abc2midi(program, abc, timeout_s=20):
-    """The bytes of a MIDI file for those of one tune (whole books crash abc2midi). Raises Skip, UserError."""
-    midi = program.with_name(f"{threading.get_ident()}.mid")
-    try:
-        done = subprocess.run([program, "-", "-o", midi], input=abc, timeout=timeout_s,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        midi = Path(folder, "tune.mid")
+        try:
+            program = Path(shutil.copy(next(bundled.glob("abc2midi*")), folder))
+            program.chmod(0o700)
+            done = subprocess.run([program, "-", "-o", midi], input=abc, timeout=timeout_s,
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            raise Skip("abc2midi timed out") from None
+        except OSError as error:
+            raise UserError(f"can't run abc2midi ({error}); set TMPDIR to a folder where programs run") from error
         if done.returncode or not midi.exists():
             raise Skip("abc2midi failed")
         return midi.read_bytes()
-    except subprocess.TimeoutExpired:
-        raise Skip("abc2midi timed out") from None
-    except OSError as error:
-        raise UserError(f"can't run abc2midi ({error}); set TMPDIR to a folder where programs run") from error
-    finally:
-        midi.unlink(missing_ok=True)
+
+
+# --- The Session: tunes in ABC from the dump at https://github.com/adactio/TheSession-data
+
+KEY = re.compile(r"([A-G][b#]?) ?(maj|min|dor|mix|phr|lyd|loc|aeo|ion)[a-z]*", re.I)  # Gmajor, A dorian
+WORDS = re.compile(r"^[ABCDFGHINORSTWXZwr]:(?![|:]).*\n?", re.M)  # fields that are no music, as A:| or D:: would be
+
+
+def dump_rows(path, cleaned):
+    """Yields the rows of a tunes.csv or tunes.json as dicts, {} for one that can't be read. Raises UserError."""
+    def decode(line):
+        try:
+            return line.decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError:
+            cleaned["lines that are no UTF-8"] += 1
+            return line.decode("latin-1")
+
+    with open(path, "rb") as file:
+        lines = map(decode, file)
+        first = next(lines, "")
+        if first.lstrip().startswith("["):
+            try:
+                rows = json.loads(first + "".join(lines))
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise UserError(f"{path} is damaged or cut off ({error})") from error
+            yield from (row if isinstance(row, dict) else {} for row in rows)
+            return
+        table = csv.DictReader(lines, next(csv.reader([first]), []))
+        need("abc" in table.fieldnames, f"{path} is no tunes.csv or tunes.json of The Session")
+        while (row := next_row(table)) is not None:
+            yield row
+
+
+def next_row(table):
+    """The next row of a csv.DictReader, {} for one that can't be read, None at the end."""
+    try:
+        return next(table, None)
+    except csv.Error:  # a field without end, as after a quotation mark that is never closed
+        return {}
+
+
+def plain_text(value, field, cleaned):
+    """A field of a dump without HTML entities and control characters; `cleaned` counts the fields that change."""
+    given = text = "\n".join(str(value or "").splitlines())
+    for _ in range(2):  # &amp;quot; happens. Without a semicolon it is music: &deg, a voice
+        text = re.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), text)
+    text = "".join(char for char in unicodedata.normalize("NFC", text) if char == "\n" or char.isprintable())
+    cleaned[field] += text != given
+    return text.strip()
+
+
+def setting_abc(row, ids, cleaned):
+    """The bytes of a complete ABC tune for one setting; raises Skip for what is none.
+
+    The music stays as it is. The header has one order, which begins as that of a converted MIDI file does.
+    """
+    title, rhythm, metre, mode, abc = (plain_text(row.get(name), name, cleaned)
+                                       for name in ("name", "type", "meter", "mode", "abc"))
+    key, music = KEY.fullmatch(mode), WORDS.sub("", abc)
+    cleaned["words in abc"] += music != abc
+    if not all(ids):
+        raise Skip("no tune_id or setting_id")
+    if not re.search("[A-Ga-g]", music):
+        raise Skip("no music")
+    if not key or not re.fullmatch(r"\d\d?/\d\d?", metre):
+        raise Skip("no key or metre")
+    header = {"X": "1", "T": title, "L": "1/8", "M": metre, "R": rhythm, "K": key[1].capitalize() + key[2].lower()}
+    lines = [f"{letter}:{' '.join(text.split())}" for letter, text in header.items() if text]
+    return "\n".join([*lines, *filter(str.strip, music.split("\n")), ""]).encode()  # an empty line ends a tune
+
+
+def dump_members(path, facts):
+    """A folder for each tune, in it a file for each setting; `facts` gets the date of the newest and what was cleaned."""
+    for row in progress(dump_rows(path, facts["cleaned"]), "extract", unit="setting"):
+        ids = [str(row.get(name) or row.get(name.removesuffix("_id"), "")) for name in ("tune_id", "setting_id")]
+        ids = [number if re.fullmatch("[0-9]{1,9}", number) else "" for number in ids]
+        facts["newest"] = max(facts["newest"], str(row.get("date"))[:10] * all(ids))
+        yield f"{ids[0] or 0}/{ids[1] or 0}.abc", functools.partial(setting_abc, row, ids, facts["cleaned"])
+
+
+def read_dump(path, cfg):
+    """The books of a dump, and what tells it from another."""
+    with open(path, "rb") as file:
+        facts = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell(), "newest": "",
+                 "cleaned": Counter()}
+    books = write_members(dump_members(path, facts), cfg, (".abc",))
+    return books | {"corpus": f"The Session, settings until {facts['newest']}", "dump": facts}
 
 
 # --- download
 
-
 def download(url, path, *, sha256=None, pauses=(2, 10, 30)):
     """Fetches `url` to `path`, unless it is there; returns `path`. Goes on where another attempt broke off.
 
-    `pauses`: seconds between attempts. Raises UserError for a file that can't be had or has another checksum.
+    `pauses`: seconds between attempts that bring nothing new. Raises UserError for a file that can't be had or has
+    another checksum.
     """
     path = Path(path)
-    part, waits = path.with_name(path.name + ".part"), list(pauses)
+    part, waits, most = path.with_name(path.name + ".part"), list(pauses), 0
     path.parent.mkdir(parents=True, exist_ok=True)
     while not path.exists():
         try:
@@ -682,13 +765,14 @@ def download(url, path, *, sha256=None, pauses=(2, 10, 30)):
                 found = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
             if found == sha256:
                 os.replace(part, path)
-            part.with_suffix(".json").unlink(missing_ok=True)  # without it the next attempt begins anew
+            part.with_suffix(".tag").unlink(missing_ok=True)  # without it the next attempt begins anew
             need(found == sha256, f"{url} is not the known file: its SHA-256 is {found}; run again to retry")
         except requests.RequestException as error:
             code = error.response.status_code if error.response is not None else 500
             reason = "no connection, or it broke off" if error.response is None else f"status {code}"
-            need(waits and code >= 500, f"can't download {url}: {reason}; run again to go on from there, "
-                 "or get the file in another way and set LMD_ZIP_PATH")
+            if part.exists() and part.stat().st_size > most:
+                waits, most = list(pauses), part.stat().st_size
+            need(waits and code >= 500, f"can't download {url}: {reason}; the next attempt goes on from there")
             time.sleep(waits.pop(0))
         except OSError as error:
             raise UserError(f"can't write {part}: {error.strerror}") from error
@@ -696,38 +780,31 @@ def download(url, path, *, sha256=None, pauses=(2, 10, 30)):
 
 
 def fetch_rest(url, part):
-    """One request for what `part` lacks, or for all unless the server says that the file is the same."""
-    note = part.with_suffix(".json")  # which file `part` is the beginning of
-    known = read_json(note, {}) if part.exists() else {}
-    have = part.stat().st_size if known.get("tag") else 0
-    if have and have == known["total"]:
-        return
-    asked = {"Range": f"bytes={have}-", "If-Range": known["tag"]} if have else {}
+    """One request for what `part` lacks, or for all unless the server says that the file is still the same."""
+    note = part.with_suffix(".tag")  # names the version of the file that `part` is the beginning of
+    tag = note.read_text("utf-8") if note.exists() and part.exists() else ""
+    have = part.stat().st_size if tag else 0
+    asked = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
     asked["Accept-Encoding"] = "identity"  # or lengths would be those of packed bytes
     with requests.get(url, headers=asked, stream=True, timeout=30) as reply:
-        etag = reply.headers.get("ETag", "W/")  # a weak one does not promise equal bytes
-        tag = reply.headers.get("Last-Modified", "") if etag.startswith("W/") else etag
-        span = re.match(rf"bytes {have}-\d+/(\d+)", reply.headers.get("Content-Range", ""))
-        if have and reply.status_code in (206, 416) and not (span and tag == known["tag"]):
-            note.unlink()
-            raise requests.ConnectionError("the file has changed on the server")
+        if have and reply.status_code == 416:  # nothing is left to send
+            return
         reply.raise_for_status()
         have = have if reply.status_code == 206 else 0
-        total = int(span[1] if have else reply.headers.get("Content-Length", 0))
-        need(shutil.disk_usage(part.parent).free > total - have + SPARE_DISK_BYTES, f"no space for {part}")
-        bar = progress(None, part.stem, total or None, initial=have, unit="B", unit_scale=True)
+        length = int(reply.headers.get("Content-Length", 0))
+        need(shutil.disk_usage(part.parent).free > length + SPARE_DISK_BYTES, f"no space for {part}")
+        bar = progress(None, part.stem, have + length or None, initial=have, unit="B", unit_scale=True)
         with bar, open(part, "ab" if have else "wb") as out:
-            write_json(note, {"tag": tag, "total": total})  # when `part` is empty or known
+            write_text(note, reply.headers.get("ETag") or reply.headers.get("Last-Modified", ""))
             for chunk in reply.iter_content(2**16):  # what is less than a chunk gets lost with the connection
                 bar.update(out.write(chunk))
-    if total and part.stat().st_size != total:
+    if length and part.stat().st_size != have + length:
         raise requests.ConnectionError("the connection broke off")
 
 
 # --- the stage
 
-
-def collect(members, limit, take):
+def collect(members, limit, take, suffixes=MIDI_SUFFIXES):
     """The books over `members`: `take(name, parts, read)` returns the path of a file or raises Skip.
 
     Memory holds names only. Of more than `limit` files (0: no limit) those of lowest rank are kept.
@@ -736,7 +813,7 @@ def collect(members, limit, take):
     for seen, (name, read) in enumerate(members, 1):
         need(seen <= MAX_MEMBERS, f"more than {MAX_MEMBERS:,} files")
         try:
-            parts = check_name(name)
+            parts = check_name(name, suffixes)
             if limit and len(kept) == limit and -rank(name) < kept[0][0]:
                 raise Skip("over MAX_MIDI_FILES")
             heapq.heappush(kept, (-rank(name), take(name, parts, read)))
@@ -753,43 +830,30 @@ def check_size(size):
         raise Skip(f"larger than {MAX_FILE_BYTES >> 20} MiB" if size else "empty")
 
 
-def write_members(members, cfg):
-    """Writes MIDI files below midi_root. Raises UserError for a folder that others have filled."""
-    root, taken, folders = cfg.midi_root, Counter(), set()
+def write_members(members, cfg, suffixes=MIDI_SUFFIXES):
+    """Writes music files below midi_root; returns the books. Raises UserError for a folder that others have filled.
+
+    No fsync, no renaming: what a killed run left half written is in no index, and is written again.
+    """
+    root, taken = cfg.midi_root, set()
     marker = root / ".extracted_by_LakhMIDI"  # all beside it is ours to replace
     need(not root.exists() or marker.exists() or not any(root.iterdir()),
          f"{root} holds other files; set MIDI_ROOT to an empty folder, or read them with USE_LOCAL_MIDI")
 
     def take(name, parts, read):
-        path, data = portable_path(parts, taken), read()
+        path, data = root / portable_path(parts, taken), read()
         check_size(len(data))
-        if not folders:  # an archive without music leaves nothing behind
-            root.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
-        write_member(root, root / path, data, folders)
-        return path
+            need(shutil.disk_usage(root).free > SPARE_DISK_BYTES, f"the disk of {root} is full")
+            path.unlink(missing_ok=True)  # rather than written into: it may be a link
+            path.write_bytes(data)
+        except OSError as error:
+            raise UserError(f"can't write {path}: {error.strerror}") from error
+        return path.relative_to(root).as_posix()
 
-    return collect(members, cfg.MAX_MIDI_FILES, take)
-
-
-def write_member(root, target, data, folders):
-    """Writes a file, unless it is there, and never through a link. `folders`: those known to be below `root`.
-
-    No fsync, no renaming: what a killed run left half written is in no index, and its bytes differ next time.
-    """
-    try:
-        need(shutil.disk_usage(root).free > SPARE_DISK_BYTES, f"the disk of {root} is full")
-        if target.parent not in folders:
-            inside = Path(os.path.realpath(target.parent)).is_relative_to(os.path.realpath(root))
-            need(inside, f"{target.parent} is a link that leads out of {root}; remove it")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            folders.add(target.parent)
-        if target.is_symlink() or not target.is_file() or target.read_bytes() != data:
-            target.unlink(missing_ok=True)  # rather than written into: it may have a second name elsewhere
-            with open(target, "xb") as out:
-                out.write(data)
-    except OSError as error:
-        raise UserError(f"can't write {target}: {error.strerror}") from error
+    return collect(members, cfg.MAX_MIDI_FILES, take, suffixes)
 
 
 def walk(root):
@@ -801,10 +865,10 @@ def walk(root):
 
 def index_folder(cfg):
     """The books of LOCAL_MIDI_ROOT, which is only read."""
-    root = Path(cfg.LOCAL_MIDI_ROOT)
+    root = Path(cfg.LOCAL_MIDI_ROOT).resolve()
     for knob in ("DATA_ROOT", "SAVE_DIR"):
-        inside = Path(os.path.realpath(getattr(cfg, knob))).is_relative_to(os.path.realpath(root))
-        need(not inside, f"{knob} is inside LOCAL_MIDI_ROOT, where nothing is written; move one of them")
+        need(not Path(getattr(cfg, knob)).resolve().is_relative_to(root),
+             f"{knob} is inside LOCAL_MIDI_ROOT, where nothing is written; move one of them")
 
     def take(name, parts, path):
         if re.search("[\ud800-\udfff]", name):
@@ -828,23 +892,38 @@ def read_archive(path, cfg):
         raise UserError(f"{path} is no ZIP or tar archive, or is cut off or damaged ({error})") from error
 
 
-@stage(version=1, knobs="source MAX_MIDI_FILES MIDI_ROOT")
-def extract(cfg):
-    """Puts the MIDI files of the source into midi_root; midi_index.json says which of those there to use."""
-    index, source, archive = Path(cfg.DATA_ROOT, "midi_index.json"), source_id(cfg), cfg.LMD_ZIP_PATH
-    index.unlink(missing_ok=True)
+def read_source(cfg):
+    """The books of the source that the knobs name; its files are then below midi_root."""
+    downloads = Path(cfg.DATA_ROOT, "downloads")
+    if cfg.USE_LOCAL_MIDI:
+        return index_folder(cfg)
     if cfg.LMD_DOWNLOAD:
         name, sha256 = LAKH[cfg.LMD_DOWNLOAD]
-        archive = download(LAKH_URL + name, Path(cfg.DATA_ROOT, "downloads", name), sha256=sha256)
-    if cfg.USE_LOCAL_MIDI:
-        books = index_folder(cfg)
-    else:
-        books = read_archive(archive, cfg) if archive else write_members(folk_members(cfg), cfg)
+        return read_archive(download(LAKH_URL + name, downloads / name, sha256=sha256), cfg)
+    if cfg.LMD_ZIP_PATH:
+        return read_archive(cfg.LMD_ZIP_PATH, cfg)
+    if cfg.DATASET:
+        try:
+            remote = cfg.DATASET == "thesession"
+            dump = download(THESESSION_URL, downloads / "thesession.csv", pauses=(1, 3)) if remote else cfg.DATASET
+        except UserError as error:
+            say(f"extract   {error}; instead {FOLK} (--from extract --force tries again)")
+        else:
+            return read_dump(dump, cfg)
+    return write_members(folk_members(cfg), cfg) | {"corpus": FOLK}
+
+
+@stage(version=2, knobs="source MAX_MIDI_FILES MIDI_ROOT")
+def extract(cfg):
+    """Puts the music files of the source into midi_root; midi_index.json says which of those there to use."""
+    index = Path(cfg.DATA_ROOT, "midi_index.json")
+    index.unlink(missing_ok=True)
+    books = {"corpus": cfg.corpus, "source": source_id(cfg), "root": str(cfg.midi_root)} | read_source(cfg)
     files, skipped = books["files"], books["skipped"]
     assert books["seen"] == len(files) + sum(skipped.values()), skipped
-    need(files, f"no MIDI files in {archive or cfg.midi_root}; skipped: {skipped or 'nothing'}")
-    say(f"extract   {len(files):,} MIDI files of {books['seen']:,} files; skipped: {skipped or 'none'}")
-    write_json(index, {"source": source, "root": str(cfg.midi_root), **books})
+    need(files, f"no music files in {cfg.corpus}; skipped: {skipped or 'nothing'}")
+    say(f"extract   {len(files):,} of {books['seen']:,} files; skipped: {skipped or 'none'}")
+    write_json(index, books)
     return [index] if cfg.USE_LOCAL_MIDI else [index, cfg.midi_root]
 
 
@@ -1816,6 +1895,24 @@ def convert_one(data, cfg):
                   "hash": content_hash(notes, drums), "signature": fingerprint(notes, drums).astype("<u4").tobytes().hex()}
 
 
+def describe_abc(text, path, cfg):
+    """A tune of The Session, which is ABC already -> the row of convert_one. Raises Rejected.
+
+    Its title is left out: it is no music, and gives the work away. Two beats a second, as there is no tempo.
+    """
+    text = re.sub(r"^T:.*\n", "", text, flags=re.M)
+    if len(text) > cfg.MAX_ABC_CHARS:
+        raise Rejected("too_many_chars", f"{len(text)}")
+    tune = read_abc(text)
+    notes, drums = tune.notes, np.zeros(len(tune.notes.pitch), bool)
+    if len(drums) < cfg.MIN_NOTES:
+        raise Rejected("too_few_notes", f"{len(drums)}")
+    return {"abc": text, "n_bars": tune.n_bars, "seconds": float((notes.onset + notes.duration).max() / 2),
+            "n_notes": len(drums), "n_chars": len(text), "f1": None, "n_tracks": len(tune.voices),
+            "work": Path(path).parent.name, "hash": content_hash(notes, drums),
+            "signature": fingerprint(notes, drums).astype("<u4").tobytes().hex()}
+
+
 # --- what tells one work from another
 
 SHINGLE = 12  # melodic intervals per shingle
@@ -1823,6 +1920,7 @@ MIN_PITCHES = 5  # different pitches in a shingle; fewer is an accompaniment fig
 NUM_PERM = 256  # MinHash values per file
 MIN_JACCARD = 1 / 16  # estimated share of common shingles that makes two files one work ...
 MIN_COMMON = 10  # ... and their estimated number: some 22 successive notes
+MAX_GROUP = 100  # a group larger than this and than 1/200 of the files is a chain of chance
 
 
 def content_hash(notes, drums):
@@ -1876,7 +1974,8 @@ def fingerprint(notes, drums):
 def convert_file(source, target, cfg):
     """In a worker: converts one MIDI file to `target`; returns its row of report.jsonl, a reject with its reason."""
     try:
-        row = convert_one(Path(source).read_bytes(), cfg)
+        data = Path(source).read_bytes()
+        row = describe_abc(data.decode(), source, cfg) if str(source).endswith(".abc") else convert_one(data, cfg)
     except Rejected as reject:
         return {"reason": reject.reason}
     except MemoryError:
@@ -1906,7 +2005,7 @@ def convert_all(files, cfg):
             for i in range(0, len(files), 512):
                 slice_ = files[i:i + 512]
                 rows = pool.map(convert_file, [cfg.midi_root / file for file in slice_],
-                                [cfg.abc_root / f"{file}.abc" for file in slice_], [cfg] * len(slice_),
+                                [cfg.abc_root / f"{file.removesuffix('.abc')}.abc" for file in slice_], [cfg] * len(slice_),
                                 timeout=cfg.CONVERT_TIMEOUT).result()
                 for file in slice_:
                     try:
@@ -2009,75 +2108,56 @@ def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def build_vocab(tunes, cfg):
-    """The vocabulary of the tunes given; reads each once."""
-    counts = np.zeros(0, np.int64)
-    for tune in progress(tunes, "vocabulary", unit="tune"):
-        found = np.bincount(code_points(read_abc_file(tune, cfg)))
-        counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
-        counts[:len(found)] += found
-    return Vocab(("<start>", "<end>", "<unknown>", *map(chr, np.flatnonzero(counts))))
-
-
-def read_abc_file(tune, cfg):
-    return Path(cfg.abc_root, tune["abc"]).read_text(encoding="utf-8")
-
-
-def write_tokens(split, tunes, vocab, cfg):
-    """Writes <split>.bin, each tune as start, characters, end; returns the tunes with their place in it."""
-    table, start, placed = vocab.table(), 0, []
-    with atomic_path(cfg.tokens_root / f"{split}.bin") as partial, open(partial, "wb") as out:
-        for tune in progress(tunes, split, unit="tune"):
-            ids = table[code_points(read_abc_file(tune, cfg))]
-            out.write(np.concatenate([[START], ids, [END]]).astype(vocab.dtype).tobytes())
-            placed.append({"file": tune["file"], "split": split, "group": tune["group"], "start": start,
-                           "chars": len(ids), "unknown": int((ids == UNKNOWN).sum()),
-                           "notes": tune["n_notes"], "seconds": tune["seconds"]})
-            start += len(ids) + 2
-    return placed
-
-
-def held_out_fractions(total_chars, cfg):
-    """(validation, test) shares: 1 % each of a large corpus, up to 10 % of a small one to reach 200,000 characters."""
-    enough = float(np.clip(200_000 / max(1, total_chars), 0.01, 0.1))
-    val = cfg.VAL_FRAC or enough
-    return val, cfg.TEST_FRAC or val
-
+# --- works: the groups that a split may not cut
 
 def similar_pairs(signatures):
-    """(P, 2) rows i < j of (N, NUM_PERM) signatures that pass MIN_JACCARD and MIN_COMMON by estimate.
+    """((P, 2) rows i < j of (N, NUM_PERM) signatures that pass MIN_JACCARD and MIN_COMMON, (P,) their similarity).
 
     Candidates are neighbours in the sorted order of any one column. Bands of two or more columns, as in
     MinHashLSH, miss re-arranged works, whose Jaccard similarity is about .08; and all pairs of one value
     would be billions for a common shingle, where neighbours are at most NUM_PERM * N.
     """
-    n, codes = len(signatures), []
-    for column in signatures.T:
-        order = np.argsort(column, kind="stable")
-        same = np.flatnonzero(column[order][1:] == column[order][:-1])
-        codes.append(order[same] * n + order[same + 1])
-    pairs = np.stack(np.divmod(np.unique(np.concatenate(codes)), max(n, 1)), axis=1)
+    n, codes = len(signatures), np.zeros(0, np.int64)
+    for columns in np.array_split(signatures.T, max(1, NUM_PERM // 16)):  # bounds memory
+        found = [codes]
+        for column in columns:
+            order = np.argsort(column, kind="stable")
+            same = np.flatnonzero(column[order][1:] == column[order][:-1])
+            found.append(order[same] * n + order[same + 1])
+        codes = np.unique(np.concatenate(found))
+    pairs = np.stack(np.divmod(codes, max(n, 1)), axis=1)
     size = 2.0**32 / signatures.mean(axis=1, dtype=np.float64) - 1  # of the set, from its mean minimum
-    kept = []
-    for chunk in np.array_split(pairs, len(pairs) // 2**15 + 1):  # bounds memory
+    kept, similarity = [], []
+    for chunk in np.array_split(pairs, len(pairs) // 2**15 + 1):
         jaccard = (signatures[chunk[:, 0]] == signatures[chunk[:, 1]]).mean(axis=1)
         common = jaccard / (1 + jaccard) * size[chunk].sum(axis=1)
-        kept.append(chunk[(jaccard >= MIN_JACCARD) & (common >= MIN_COMMON)])
-    return np.concatenate(kept)
+        passed = (jaccard >= MIN_JACCARD) & (common >= MIN_COMMON)
+        kept.append(chunk[passed])
+        similarity.append(jaccard[passed])
+    return np.concatenate(kept), np.concatenate(similarity)
 
 
-def group_works(signatures, hashes):
+def group_works(signatures, hashes, labels=()):
     """(N,) group ids for N files: the smallest content hash in each file's group, in any order of files.
 
-    Files with equal hashes or similar signatures, and what a chain of such files connects, are one group.
-    Files with little melody (drums, a few notes) are grouped by their hash alone.
+    Files with equal hashes, equal labels or similar signatures, and what a chain of such files connects, are one
+    group. Where chains of similar files grow past MAX_GROUP, those in them must be twice, four times ... as similar.
     """
     unique, which, count = np.unique(np.asarray(hashes), return_inverse=True, return_counts=True)
     by_hash = signatures[np.argsort(which, kind="stable")]
     # Equal notes on other tracks differ in signature; the MinHash of a union is the minimum of the MinHashes.
-    i, j = similar_pairs(np.minimum.reduceat(by_hash, np.cumsum(count) - count)).T
-    graph = coo_array((np.ones(len(i), bool), (i, j)), shape=(len(unique), len(unique)))
-    _, component = connected_components(graph, directed=False)
+    pairs, similarity = similar_pairs(np.minimum.reduceat(by_hash, np.cumsum(count) - count))
+    first, floor = {}, MIN_JACCARD
+    labelled = [(first.setdefault(label, node), node) for label, node in zip(labels, which.tolist(), strict=bool(labels))]
+    while True:
+        i, j = np.concatenate([pairs, np.array(labelled, int).reshape(-1, 2)]).T
+        graph = coo_array((np.ones(len(i), bool), (i, j)), shape=(len(unique), len(unique)))
+        _, component = connected_components(graph, directed=False)
+        overgrown = np.bincount(component)[component[pairs[:, 0]]] > max(MAX_GROUP, len(unique) // 200)
+        if floor > 1 or not overgrown.any():
+            break
+        floor *= 2
+        pairs, similarity = (column[~overgrown | (similarity >= floor)] for column in (pairs, similarity))
     smallest = np.unique(component, return_index=True)[1]  # first in a component, because hashes are sorted
     return unique[smallest[component]][which]
 
@@ -2105,24 +2185,69 @@ def split_groups(group_ids, sizes_in_chars, val_frac, test_frac, seed):
     return side[which]
 
 
+def held_out_fractions(total_chars, cfg):
+    """(validation, test) shares: 1 % each of a large corpus, up to 10 % of a small one to reach 200,000 characters."""
+    enough = float(np.clip(200_000 / max(1, total_chars), 0.01, 0.1))
+    val = cfg.VAL_FRAC or enough
+    return val, cfg.TEST_FRAC or val
+
+
 def leak_of_file_split(group_ids, sizes_in_chars, val_frac, test_frac):
-    """Expected share of held-out files, and of their characters, that a split file by file would leak.
+    """Expected share of held-out files, and of their characters, that a split file by file leaks.
 
     A file in a group of g has one of the other g - 1 in training with probability 1 - p^(g - 1), where p is
     the share held out. Pass content hashes as ids for the leak by exact duplicates alone.
     """
     _, which, members = np.unique(np.asarray(group_ids), return_inverse=True, return_counts=True)
     leak = 1 - (val_frac + test_frac) ** (members[which] - 1.0)
-    return {
-        "files": len(which),
-        "groups": len(members),
-        "largest_group": int(members.max()),
-        "leaked_files": float(leak.mean()),
-        "leaked_chars": float(np.average(leak, weights=sizes_in_chars)),
-    }
+    return {"files": len(which), "groups": len(members), "largest_group": int(members.max()),
+            "leaked_files": float(leak.mean()), "leaked_chars": float(np.average(leak, weights=sizes_in_chars))}
 
 
-@stage(version=1, knobs="VAL_FRAC TEST_FRAC SEED", after=convert)
+# --- token files
+
+def read_blocks(tunes, desc, cfg, size=2**20):
+    """Yields [(tune, text), ...] of about `size` characters: numpy on one short tune at a time is slow."""
+    block, chars = [], 0
+    for tune in progress(tunes, desc, unit="tune"):
+        with open(f"{cfg.abc_root}/{tune['abc']}", "rb") as file:  # a third of the time of Path.read_text
+            block.append((tune, file.read().decode("utf-8")))
+        chars += len(block[-1][1])
+        if chars > size:
+            yield block
+            block, chars = [], 0
+    if block:
+        yield block
+
+
+def build_vocab(tunes, cfg):
+    """The vocabulary of the tunes given; reads each once."""
+    seen = np.zeros(sys.maxunicode + 1, bool)
+    for block in read_blocks(tunes, "vocabulary", cfg):
+        seen[code_points("".join(text for _, text in block))] = True
+    return Vocab(("<start>", "<end>", "<unknown>", *map(chr, np.flatnonzero(seen))))
+
+
+def write_tokens(split, tunes, vocab, cfg):
+    """Writes <split>.bin, each tune as start, characters, end; returns the tunes with their place in it."""
+    table, start, placed = vocab.table(), 0, []
+    table[[0, 1]] = START, END  # control characters, of which no tune has any
+    with atomic_path(cfg.tokens_root / f"{split}.bin") as partial, open(partial, "wb") as out:
+        for block in read_blocks(tunes, split, cfg):
+            ids = table[code_points("".join(f"\0{text}\1" for _, text in block))]
+            ids.tofile(out)
+            lengths = [len(text) + 2 for _, text in block]
+            starts = np.cumsum([0, *lengths[:-1]])
+            unknown = np.add.reduceat(ids == UNKNOWN, starts, dtype=int)
+            placed += [{"file": tune["file"], "split": split, "group": tune["group"], "start": start + first,
+                        "chars": length - 2, "unknown": lost, "notes": tune["n_notes"], "seconds": tune["seconds"]}
+                       for (tune, _), first, length, lost in zip(
+                           block, starts.tolist(), lengths, unknown.tolist(), strict=True)]
+            start += len(ids)
+    return placed
+
+
+@stage(version=2, knobs="VAL_FRAC TEST_FRAC SPLIT_BY SEED", after=convert)
 def tokenize(cfg):
     """Splits the tunes by work, so that no version of a held-out tune is trained on, and writes them as token ids."""
     report = read_jsonl(cfg.abc_root / "report.jsonl")
@@ -2130,24 +2255,27 @@ def tokenize(cfg):
     need(len(tunes) >= 3, f"only {len(tunes)} tunes were converted, and a study needs at least three; see "
                           f"{cfg.abc_root / 'report.jsonl'} for the reasons")
     chars = np.array([tune["n_chars"] for tune in tunes])
-    hashes = [tune["hash"] for tune in tunes]
-    groups = group_works(np.load(cfg.abc_root / "signatures.npy"), hashes)
+    works = group_works(np.load(cfg.abc_root / "signatures.npy"), [tune["hash"] for tune in tunes],
+                        [tune.get("work") or tune["file"] for tune in tunes])
     fractions = held_out_fractions(chars.sum(), cfg)
-    splits = split_groups(groups, chars, *fractions, cfg.SEED)
+    split_ids = works if cfg.SPLIT_BY == "work" else [tune["file"] for tune in tunes]
+    splits = split_groups(split_ids, chars, *fractions, cfg.SEED)
     members = {"train": [], "val": [], "test": []}
-    for tune, group, split in sorted(zip(tunes, groups, splits, strict=True), key=lambda x: shuffle_key(x[0], cfg)):
-        members[split].append({**tune, "group": str(group)})
-    need(all(members.values()), "too few different works to hold any out; add MIDI files or raise VAL_FRAC")
+    for tune, work, split in sorted(zip(tunes, works, splits, strict=True), key=lambda x: shuffle_key(x[0], cfg)):
+        members[split].append({**tune, "group": str(work)})
+    need(all(members.values()), "too few different works to hold any out; add music or raise VAL_FRAC")
     vocab = build_vocab(members["train"], cfg)
     placed = {split: write_tokens(split, members[split], vocab, cfg) for split in members}
     write_jsonl(cfg.tokens_root / "tunes.jsonl", [tune for split in placed.values() for tune in split])
     write_json(cfg.tokens_root / "vocab.json", {"chars": vocab.chars})
-    stats = corpus_statistics(report, placed, vocab, chars, groups, fractions, cfg)
+    stats = corpus_statistics(report, placed, vocab, works, fractions, cfg)
     write_json(cfg.tokens_root / "stats.json", stats)
     plot_lengths(chars, cfg.tokens_root / "length_distribution.png")
-    summary = stats["splits"]
     say(f"tokenize  {len(vocab.chars)} symbols; " + ", ".join(
-        f"{split} {row['tunes']:,} tunes {row['chars']:,} characters" for split, row in summary.items()))
+        f"{split} {row['tunes']:,} tunes {row['chars']:,} characters" for split, row in stats["splits"].items()))
+    leak = stats["works"]["leak_of_split_by_file"]
+    say(f"tokenize  {len(tunes):,} tunes are {leak['groups']:,} works; split by {cfg.SPLIT_BY}. Of a split by file "
+        f"{leak['leaked_chars']:.1%} of the held-out characters have a version in training")
     names = ("train.bin", "val.bin", "test.bin", "vocab.json", "tunes.jsonl", "stats.json", "length_distribution.png")
     return [cfg.tokens_root / name for name in names]
 
@@ -2157,25 +2285,26 @@ def shuffle_key(tune, cfg):
     return digest([cfg.SEED, tune["hash"], tune["file"]])
 
 
-def corpus_statistics(report, placed, vocab, chars, groups, fractions, cfg):
+def corpus_statistics(report, placed, vocab, works, fractions, cfg):
     """What the report tells of the data: counts that balance, lengths, duplicates, the leak that the split avoids."""
-    reasons = Counter(row["reason"] for row in report if "reason" in row)
-    need(len(report) == len(chars) + sum(reasons.values()), "the books of the conversion do not balance: re-run convert")
+    tunes, reasons = [row for row in report if "abc" in row], Counter(row["reason"] for row in report if "reason" in row)
+    need(len(report) == len(tunes) + reasons.total(), "the books of the conversion do not balance: re-run convert")
+    chars = np.array([tune["n_chars"] for tune in tunes])
     splits = {split: {"tunes": len(rows), "groups": len({row["group"] for row in rows}),
                       **{key: sum(row[key] for row in rows) for key in ("chars", "notes", "seconds", "unknown")}}
               for split, rows in placed.items()}
-    _, sizes = np.unique(groups, return_counts=True)
-    return {"files": len(report), "converted": len(chars), "rejected": dict(reasons.most_common()),
-            "converted_share": len(chars) / len(report), "vocabulary": vocab.chars, "vocabulary_size": len(vocab.chars),
-            "splits": splits, "fractions": fractions,
-            "round_trip_f1": {"mean": float(np.mean([row["f1"] for row in report if "abc" in row])),
-                              "share_above_0.99": float(np.mean([row["f1"] > 0.99 for row in report if "abc" in row]))},
-            "chars_per_note": chars.sum() / sum(row["n_notes"] for row in report if "abc" in row),
-            "length_quantiles": dict(zip(("min", "5%", "25%", "50%", "75%", "95%", "99%", "max"), np.quantile(
-                chars, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1)).tolist(), strict=True)),
-            "longest_1%_hold": float(np.sort(chars)[-max(1, len(chars) // 100):].sum() / chars.sum()),
-            "works": {"groups": len(sizes), "largest": int(sizes.max()), "in_groups_of_several": int(sizes[sizes > 1].sum()),
-                      "leak_of_split_by_file": leak_of_file_split(groups, chars, *fractions)}}
+    f1 = np.array([tune["f1"] for tune in tunes if tune["f1"] is not None])  # none of what came as ABC
+    sizes = np.unique(works, return_counts=True)[1]
+    quantiles = {"min": 0, "5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "99%": 0.99, "max": 1}
+    return {"files": len(report), "converted": len(tunes), "rejected": dict(reasons.most_common()),
+            "converted_share": len(tunes) / len(report), "vocabulary": vocab.chars, "vocabulary_size": len(vocab.chars),
+            "splits": splits, "split_by": cfg.SPLIT_BY, "fractions": fractions,
+            "round_trip_f1": {"mean": f1.mean(), "share_above_0.99": (f1 > 0.99).mean()} if len(f1) else None,
+            "chars_per_note": chars.sum() / sum(tune["n_notes"] for tune in tunes),
+            "length_quantiles": {name: np.quantile(chars, q) for name, q in quantiles.items()},
+            "longest_1%_hold": np.sort(chars)[-max(1, len(chars) // 100):].sum() / chars.sum(),
+            "works": {"groups": len(sizes), "largest": sizes.max(), "in_groups_of_several": sizes[sizes > 1].sum(),
+                      "leak_of_split_by_file": leak_of_file_split(works, chars, *fractions)}}
 
 
 def plot_lengths(chars, path):
@@ -3910,6 +4039,8 @@ def page_data(stats, results, fits, evaluation):
     """The tables of the page, each a list of {column: value}."""
     works = stats["works"]
     leak = works["leak_of_split_by_file"]
+    kept = stats["round_trip_f1"] and (f" The text keeps {stats['round_trip_f1']['mean']:.4%} of the notes (F1, onset "
+                                       "within 1/8 beat).") or ""
     tested = {row["run"]: row for row in evaluation["models"]}
     laws = fits["families"]
     return {
@@ -3918,9 +4049,9 @@ def page_data(stats, results, fits, evaluation):
         "splits": [{"split": split, **row} for split, row in stats["splits"].items()],
         "duplicates": f"{stats['converted']:,} tunes are {works['groups']:,} works; {works['in_groups_of_several']:,} tunes "
                       f"have a version among the others, {works['largest']} at most. Split by file, "
-                      f"{leak['leaked_chars']:.1%} of the held-out characters would have had a version of their tune in "
-                      f"training; here none has. The text keeps {stats['round_trip_f1']['mean']:.4%} of the notes (F1, onset "
-                      f"within 1/8 beat) in {stats['chars_per_note']:.2f} characters per note.",
+                      f"{leak['leaked_chars']:.1%} of the held-out characters have a version of their tune in training"
+                      f"{'; here none has' if stats['split_by'] == 'work' else ', as here'}.{kept} The text takes "
+                      f"{stats['chars_per_note']:.2f} characters per note.",
         "training": [{"model": row["run"], "N": row["n_fit"], "all parameters": row["n_params"], "tokens": row["tokens"],
                       "epochs": row["epochs"], "validation loss (nats)": row["val_loss"], "bits/char": row["val_bpc"],
                       "test loss (nats)": tested[row["run"]]["test_loss"], "PFLOPs": row["flops"] / 1e15,
