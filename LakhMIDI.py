@@ -1642,7 +1642,7 @@ def read_abc(text):
     for state["line"], line in enumerate(text.splitlines(), 1):
         if line.startswith("%%MIDI"):
             read_directive(state, line)
-        elif line[1:2] == ":" and line[0].isalpha() and not (tagged and "|" in line):
+        elif line[1:2] == ":" and line[0].isalpha() and line[2:3] not in ("|", ":") and not (tagged and "|" in line):
             read_field(state, line[0], line[2:], report)
         elif line.strip() and line[0] != "%":
             read_line(state, line, report)
@@ -3986,7 +3986,7 @@ characters each, on {{ results.corpus }}; {{ results.device }}, torch {{ results
 <ul>{% for sentence in summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
 <h2>Data</h2>
 {{ table("What became of the files", files) }}
-{{ table("The split: by work, so that no version of a held-out tune is trained on", splits) }}
+{{ table("The split, by " ~ split_by, splits) }}
 <p>{{ duplicates }}</p>
 {{ picture("length_distribution.png", "Histogram of the lengths of tunes in characters") }}
 <h2>Training</h2>
@@ -4046,7 +4046,7 @@ def page_data(stats, results, fits, evaluation):
     return {
         "files": [{"outcome": "converted", "files": stats["converted"]},
                   *({"outcome": f"rejected: {reason}", "files": n} for reason, n in stats["rejected"].items())],
-        "splits": [{"split": split, **row} for split, row in stats["splits"].items()],
+        "splits": [{"split": split, **row} for split, row in stats["splits"].items()], "split_by": stats["split_by"],
         "duplicates": f"{stats['converted']:,} tunes are {works['groups']:,} works; {works['in_groups_of_several']:,} tunes "
                       f"have a version among the others, {works['largest']} at most. Split by file, "
                       f"{leak['leaked_chars']:.1%} of the held-out characters have a version of their tune in training"
