@@ -38,6 +38,7 @@ import html
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import lzma
@@ -145,7 +146,7 @@ class Cfg(metaclass=KnobType):
     LMD_ZIP_PATH = ""  # a ZIP, tar or tar.gz of MIDI files, such as lmd_full.tar.gz
     USE_LOCAL_MIDI = False  # read the folder LOCAL_MIDI_ROOT in place instead of an archive
     LOCAL_MIDI_ROOT = ""  # a folder of MIDI files; it is never changed
-    DATASET = ""  # thesession: tunes in ABC from The Session; or the path of a tunes.csv or tunes.json like its own
+    DATASET = ""  # thesession: ABC tunes of The Session; or the path of a tunes.csv or tunes.json like theirs
     MAX_MIDI_FILES = 0  # use at most so many files, chosen by a hash of their path; 0 = all
     # --- where things go
     DATA_ROOT = "data_lakh"  # everything made from the MIDI files
@@ -470,12 +471,12 @@ LAKH = {  # https://colinraffel.com/projects/lmd/, in bytes: 1,768,163,879, 1,40
     "matched": ("lmd_matched.tar.gz", "621ff830aed771f469e5bfa13dc12a33c6ed69090adeda63d0b5c47783af0191"),
     "clean": ("clean_midi.tar.gz", "de1bb64cbc0cf35545a05b5c3e786aa6890cfa144edffc4b827ff41bf8c33dc5"),
 }
-# The dump of 2020-01-30, under the plain Open Database License. Since 2025-10-08 the licence forbids the use with large
-# language models: whether a newer dump, which DATASET takes as a path, may be used for this is for its user to judge.
+# The dump of January 2020, under the plain Open Database License. Since October 2025 the licence forbids use
+# with large language models: whether DATASET may name a newer dump for such a study is for its user to judge.
 THESESSION_URL = ("https://raw.githubusercontent.com/adactio/TheSession-data/"
                   "6866ebe1be5bd5420fd9dc0e7d0424e4a014d74e/csv/tunes.csv")
-FOLK = "the folk tunes bundled with music21"
-FOLK_BOOKS = ("airdsAirs", "essenFolksong", "oneills1850", "ryansMammoth")  # in music21, public domain
+FOLK = "the folk tunes bundled with music21"  # these books, in the public domain:
+FOLK_BOOKS = ("airdsAirs", "essenFolksong", "oneills1850", "ryansMammoth")
 MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 # What no honest archive of MIDI files comes near (Lakh has 178,561 of them):
 MAX_MEMBERS = 1_000_000
@@ -492,16 +493,17 @@ class Skip(Exception):
 
 def source_id(cfg):
     """A dict that tells the source from any other without reading it. Raises UserError if there is none."""
-    chosen = [knob for knob in ("LMD_DOWNLOAD", "LMD_ZIP_PATH", "USE_LOCAL_MIDI", "DATASET") if getattr(cfg, knob)]
+    knobs = ("LMD_DOWNLOAD", "LMD_ZIP_PATH", "USE_LOCAL_MIDI", "DATASET")
+    chosen = [knob for knob in knobs if getattr(cfg, knob)]
     need(len(chosen) <= 1, f"{' and '.join(chosen)} each name a source of music; set only one of them")
-    if cfg.DATASET == "thesession":
-        return {"dump": THESESSION_URL}
     if cfg.LMD_DOWNLOAD:
         need(cfg.LMD_DOWNLOAD in LAKH, f"LMD_DOWNLOAD is {cfg.LMD_DOWNLOAD!r}; choose {', '.join(LAKH)}")
         return dict(zip(("archive", "sha256"), LAKH[cfg.LMD_DOWNLOAD], strict=True))
+    if cfg.DATASET == "thesession":
+        return {"dump": THESESSION_URL}
     if cfg.LMD_ZIP_PATH or cfg.DATASET:
         path = Path(cfg.LMD_ZIP_PATH or cfg.DATASET)
-        need(path.is_file(), f"{chosen[0]}: there is no file {path}" + " (LOCAL_MIDI_ROOT takes a folder)" * path.is_dir())
+        need(path.is_file(), f"{chosen[0]}: there is no file {path} (LOCAL_MIDI_ROOT takes a folder)")
         return {"archive": path.name, "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
     if cfg.USE_LOCAL_MIDI:
         root = cfg.LOCAL_MIDI_ROOT
@@ -561,11 +563,10 @@ def check_bomb(path, unpacked):
 
 def zip_members(path):
     with zipfile.ZipFile(path) as archive:
-        infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+        infos = [info for info in archive.infolist() if not info.is_dir()]
         check_bomb(path, sum(info.file_size for info in infos))  # zipfile reads no more than is declared
         for info in progress(infos, "extract", unit="file"):
-            if not info.is_dir():
-                yield info.orig_filename, functools.partial(read_zip_member, archive, info)
+            yield info.orig_filename, functools.partial(read_zip_member, archive, info)
 
 
 def read_zip_member(archive, info):
@@ -576,7 +577,7 @@ def read_zip_member(archive, info):
     try:
         with archive.open(info) as member:
             return member.read(MAX_FILE_BYTES + 1)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError) as error:
+    except DAMAGED as error:
         raise Skip("damaged in the archive") from error
 
 
@@ -599,8 +600,8 @@ class StrictTarInfo(tarfile.TarInfo):
 def tar_members(path):
     """Read once, in order, and decompressed to the end, which is where the checksum stands."""
     openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
-    size = os.path.getsize(path)
-    with open(path, "rb") as file, tqdm.wrapattr(file, "read", size, desc="extract", delay=1, leave=False) as packed:
+    bar = {"total": os.path.getsize(path), "desc": "extract", "delay": 1, "leave": False}
+    with open(path, "rb") as file, tqdm.wrapattr(file, "read", **bar) as packed:
         stream = openers.get(file.read(2), lambda packed: packed)(packed)
         file.seek(0)
         with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as tar:
@@ -621,6 +622,21 @@ def read_tar_member(tar, member):
     return tar.extractfile(member).read(MAX_FILE_BYTES + 1)
 
 
+# What reading an archive may raise.
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError,
+           NotImplementedError, OverflowError, RecursionError, UnicodeError)
+
+
+def read_archive(path, cfg):
+    """The books of an archive, known by its content. Raises UserError if it can't be read to its end."""
+    try:
+        with open(path, "rb") as file:
+            members = zip_members if file.read(4) in (b"PK\3\4", b"PK\5\6") else tar_members
+        return write_members(members(path), cfg)
+    except DAMAGED as error:
+        raise UserError(f"{path} is no ZIP or tar archive, or is cut off or damaged ({error})") from error
+
+
 # --- the folk tunes bundled with music21
 
 def folk_members(cfg):
@@ -632,29 +648,34 @@ def folk_members(cfg):
             number = int(re.match(rb"X:\s*(\d+)", tune)[1])
             tunes[f"{book.parent.name}/{book.stem}_{number:04d}.mid"] = tune
     names = sorted(tunes, key=rank)
-    with ThreadPool(2 * cfg.workers) as pool:  # threads mostly wait
-        jobs = {name: pool.apply_async(run_abc2midi, [tunes[name]]) for name in names[:cfg.MAX_MIDI_FILES or None]}
+    with abc2midi_program() as program, ThreadPool(2 * cfg.workers) as pool:  # threads mostly wait
+        make = functools.partial(run_abc2midi, program)
+        jobs = {name: pool.apply_async(make, [tunes[name]]) for name in names[:cfg.MAX_MIDI_FILES or None]}
         for name in progress(names, "extract", unit="tune"):
-            yield name, jobs[name].get if name in jobs else functools.partial(run_abc2midi, tunes[name])
+            yield name, jobs[name].get if name in jobs else functools.partial(make, tunes[name])
 
 
-def run_abc2midi(abc, timeout_s=20):
-    """The bytes of a MIDI file for those of one tune (whole books crash abc2midi). Raises Skip, UserError.
-
-    The program comes with symusic, and pip leaves it without the run bit: a private copy is run.
-    """
+@contextlib.contextmanager
+def abc2midi_program():
+    """Yields the path of a private copy of the abc2midi in symusic, which pip leaves without the run bit."""
     bundled = Path(importlib.util.find_spec("symusic").origin).parent / "bin"
     with tempfile.TemporaryDirectory(prefix="abc2midi", ignore_cleanup_errors=True) as folder:
+        program = Path(shutil.copy(next(bundled.glob("abc2midi*")), folder))
+        program.chmod(0o700)
+        yield program
+
+
+def run_abc2midi(program, abc, timeout_s=20):
+    """The bytes of a MIDI file for those of one tune (whole books crash abc2midi). Raises Skip, UserError."""
+    with tempfile.TemporaryDirectory(dir=program.parent) as folder:
         midi = Path(folder, "tune.mid")
         try:
-            program = Path(shutil.copy(next(bundled.glob("abc2midi*")), folder))
-            program.chmod(0o700)
             done = subprocess.run([program, "-", "-o", midi], input=abc, timeout=timeout_s,
                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
             raise Skip("abc2midi timed out") from None
         except OSError as error:
-            raise UserError(f"can't run abc2midi ({error}); set TMPDIR to a folder where programs run") from error
+            raise UserError(f"can't run abc2midi ({error}); set TMPDIR to where programs may run") from error
         if done.returncode or not midi.exists():
             raise Skip("abc2midi failed")
         return midi.read_bytes()
@@ -663,54 +684,44 @@ def run_abc2midi(abc, timeout_s=20):
 # --- The Session: tunes in ABC from the dump at https://github.com/adactio/TheSession-data
 
 KEY = re.compile(r"([A-G][b#]?) ?(maj|min|dor|mix|phr|lyd|loc|aeo|ion)[a-z]*", re.I)  # Gmajor, A dorian
-WORDS = re.compile(r"^[ABCDFGHINORSTWXZwr]:(?![|:]).*\n?", re.M)  # fields that are no music, as A:| or D:: would be
+WORDS = re.compile(r"^[ABCDFGHINORSTWXZwr]:(?![|:]).*\n?", re.M)  # fields that are no music, as A:| would be
 
 
 def dump_rows(path, cleaned):
-    """Yields the rows of a tunes.csv or tunes.json as dicts, {} for one that can't be read. Raises UserError."""
-    def decode(line):
+    """Yields the rows of a tunes.csv or tunes.json as dicts, {} for an unreadable one. Raises UserError."""
+    text = Path(path).read_bytes().decode("utf-8-sig", "replace")
+    cleaned["bytes that are no UTF-8"] = text.count("\ufffd")
+    if text.lstrip().startswith("["):
         try:
-            return line.decode("utf-8").removeprefix("\ufeff")
-        except UnicodeDecodeError:
-            cleaned["lines that are no UTF-8"] += 1
-            return line.decode("latin-1")
-
-    with open(path, "rb") as file:
-        lines = map(decode, file)
-        first = next(lines, "")
-        if first.lstrip().startswith("["):
-            try:
-                rows = json.loads(first + "".join(lines))
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise UserError(f"{path} is damaged or cut off ({error})") from error
-            yield from (row if isinstance(row, dict) else {} for row in rows)
-            return
-        table = csv.DictReader(lines, next(csv.reader([first]), []))
-        need("abc" in table.fieldnames, f"{path} is no tunes.csv or tunes.json of The Session")
-        while (row := next_row(table)) is not None:
+            rows = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged or cut off ({error})") from error
+        yield from (row if isinstance(row, dict) else {} for row in rows)
+        return
+    table, row = csv.DictReader(io.StringIO(text, newline="")), {}
+    need("abc" in (table.fieldnames or ()), f"{path} is no tunes.csv or tunes.json of The Session")
+    while row is not None:
+        try:
+            row = next(table, None)
+        except csv.Error:  # a field without end, as after a quotation mark that is never closed
+            row = {}
+        if row is not None:
             yield row
 
 
-def next_row(table):
-    """The next row of a csv.DictReader, {} for one that can't be read, None at the end."""
-    try:
-        return next(table, None)
-    except csv.Error:  # a field without end, as after a quotation mark that is never closed
-        return {}
-
-
 def plain_text(value, field, cleaned):
-    """A field of a dump without HTML entities and control characters; `cleaned` counts the fields that change."""
+    """A field without HTML entities and control characters; `cleaned` counts the fields that change."""
     given = text = "\n".join(str(value or "").splitlines())
     for _ in range(2):  # &amp;quot; happens. Without a semicolon it is music: &deg, a voice
         text = re.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), text)
-    text = "".join(char for char in unicodedata.normalize("NFC", text) if char == "\n" or char.isprintable())
+    text = unicodedata.normalize("NFC", text).replace("\ufffd", "")
+    text = "".join(char for char in text if char == "\n" or char.isprintable())
     cleaned[field] += text != given
     return text.strip()
 
 
 def setting_abc(row, ids, cleaned):
-    """The bytes of a complete ABC tune for one setting; raises Skip for what is none.
+    """The bytes of a complete ABC tune for one setting (version of a tune); raises Skip for what is none.
 
     The music stays as it is. The header has one order, which begins as that of a converted MIDI file does.
     """
@@ -724,15 +735,16 @@ def setting_abc(row, ids, cleaned):
         raise Skip("no music")
     if not key or not re.fullmatch(r"\d\d?/\d\d?", metre):
         raise Skip("no key or metre")
-    header = {"X": "1", "T": title, "L": "1/8", "M": metre, "R": rhythm, "K": key[1].capitalize() + key[2].lower()}
+    header = {"X": "1", "T": title, "L": "1/8", "M": metre, "R": rhythm, "K": key[1].title() + key[2].lower()}
     lines = [f"{letter}:{' '.join(text.split())}" for letter, text in header.items() if text]
-    return "\n".join([*lines, *filter(str.strip, music.split("\n")), ""]).encode()  # an empty line ends a tune
+    lines += filter(str.strip, music.split("\n"))  # an empty line would end the tune
+    return "\n".join([*lines, ""]).encode()
 
 
 def dump_members(path, facts):
-    """A folder for each tune, in it a file for each setting; `facts` gets the date of the newest and what was cleaned."""
+    """A folder for each tune, in it a file for each setting; adds to `facts`."""
     for row in progress(dump_rows(path, facts["cleaned"]), "extract", unit="setting"):
-        ids = [str(row.get(name) or row.get(name.removesuffix("_id"), "")) for name in ("tune_id", "setting_id")]
+        ids = [str(row.get(f"{name}_id") or row.get(name, "")) for name in ("tune", "setting")]
         ids = [number if re.fullmatch("[0-9]{1,9}", number) else "" for number in ids]
         facts["newest"] = max(facts["newest"], str(row.get("date"))[:10] * all(ids))
         yield f"{ids[0] or 0}/{ids[1] or 0}.abc", functools.partial(setting_abc, row, ids, facts["cleaned"])
@@ -741,8 +753,8 @@ def dump_members(path, facts):
 def read_dump(path, cfg):
     """The books of a dump, and what tells it from another."""
     with open(path, "rb") as file:
-        facts = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell(), "newest": "",
-                 "cleaned": Counter()}
+        facts = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell(),
+                 "newest": "", "cleaned": Counter()}
     books = write_members(dump_members(path, facts), cfg, (".abc",))
     return books | {"corpus": f"The Session, settings until {facts['newest']}", "dump": facts}
 
@@ -752,8 +764,8 @@ def read_dump(path, cfg):
 def download(url, path, *, sha256=None, pauses=(2, 10, 30)):
     """Fetches `url` to `path`, unless it is there; returns `path`. Goes on where another attempt broke off.
 
-    `pauses`: seconds between attempts that bring nothing new. Raises UserError for a file that can't be had or has
-    another checksum.
+    `pauses`: seconds between attempts that bring nothing new. Raises UserError for a file that can't be had
+    or has another checksum.
     """
     path = Path(path)
     part, waits, most = path.with_name(path.name + ".part"), list(pauses), 0
@@ -772,7 +784,7 @@ def download(url, path, *, sha256=None, pauses=(2, 10, 30)):
             reason = "no connection, or it broke off" if error.response is None else f"status {code}"
             if part.exists() and part.stat().st_size > most:
                 waits, most = list(pauses), part.stat().st_size
-            need(waits and code >= 500, f"can't download {url}: {reason}; the next attempt goes on from there")
+            need(waits and code >= 500, f"can't download {url}: {reason}; what has come is kept")
             time.sleep(waits.pop(0))
         except OSError as error:
             raise UserError(f"can't write {part}: {error.strerror}") from error
@@ -780,7 +792,7 @@ def download(url, path, *, sha256=None, pauses=(2, 10, 30)):
 
 
 def fetch_rest(url, part):
-    """One request for what `part` lacks, or for all unless the server says that the file is still the same."""
+    """One request for what `part` lacks, or for all unless the server says that the file is the same."""
     note = part.with_suffix(".tag")  # names the version of the file that `part` is the beginning of
     tag = note.read_text("utf-8") if note.exists() and part.exists() else ""
     have = part.stat().st_size if tag else 0
@@ -831,7 +843,7 @@ def check_size(size):
 
 
 def write_members(members, cfg, suffixes=MIDI_SUFFIXES):
-    """Writes music files below midi_root; returns the books. Raises UserError for a folder that others have filled.
+    """Writes music files below midi_root; returns the books. Raises UserError for a folder filled by others.
 
     No fsync, no renaming: what a killed run left half written is in no index, and is written again.
     """
@@ -881,17 +893,6 @@ def index_folder(cfg):
     return collect(walk(root), cfg.MAX_MIDI_FILES, take)
 
 
-def read_archive(path, cfg):
-    """The books of an archive, known by its content. Raises UserError if it can't be read to its end."""
-    try:
-        with open(path, "rb") as file:
-            members = zip_members if file.read(4) in (b"PK\3\4", b"PK\5\6") else tar_members
-        return write_members(members(path), cfg)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError,
-            NotImplementedError, OverflowError, RecursionError, UnicodeError) as error:
-        raise UserError(f"{path} is no ZIP or tar archive, or is cut off or damaged ({error})") from error
-
-
 def read_source(cfg):
     """The books of the source that the knobs name; its files are then below midi_root."""
     downloads = Path(cfg.DATA_ROOT, "downloads")
@@ -902,14 +903,15 @@ def read_source(cfg):
         return read_archive(download(LAKH_URL + name, downloads / name, sha256=sha256), cfg)
     if cfg.LMD_ZIP_PATH:
         return read_archive(cfg.LMD_ZIP_PATH, cfg)
-    if cfg.DATASET:
+    if cfg.DATASET == "thesession":
         try:
-            remote = cfg.DATASET == "thesession"
-            dump = download(THESESSION_URL, downloads / "thesession.csv", pauses=(1, 3)) if remote else cfg.DATASET
+            dump = download(THESESSION_URL, downloads / "thesession.csv", pauses=(1, 3))
         except UserError as error:
             say(f"extract   {error}; instead {FOLK} (--from extract --force tries again)")
         else:
             return read_dump(dump, cfg)
+    elif cfg.DATASET:
+        return read_dump(cfg.DATASET, cfg)
     return write_members(folk_members(cfg), cfg) | {"corpus": FOLK}
 
 
@@ -1908,7 +1910,7 @@ def describe_abc(text, path, cfg):
     if len(drums) < cfg.MIN_NOTES:
         raise Rejected("too_few_notes", f"{len(drums)}")
     return {"abc": text, "n_bars": tune.n_bars, "seconds": float((notes.onset + notes.duration).max() / 2),
-            "n_notes": len(drums), "n_chars": len(text), "f1": None, "n_tracks": len(tune.voices),
+            "n_notes": len(drums), "n_chars": len(text), "n_tracks": len(tune.voices), "f1": None,
             "work": Path(path).parent.name, "hash": content_hash(notes, drums),
             "signature": fingerprint(notes, drums).astype("<u4").tobytes().hex()}
 
@@ -2072,7 +2074,7 @@ START, END, UNKNOWN = 0, 1, 2  # ids of the symbols that are not characters
 
 
 class Vocab(NamedTuple):
-    """The symbols in the order of their ids: three special ones, then the characters of the training tunes, sorted."""
+    """The symbols in the order of their ids: three special ones, then the characters of training, sorted."""
     chars: tuple
 
     @property
@@ -2091,7 +2093,7 @@ class Vocab(NamedTuple):
         return np.array([ids.get(char, UNKNOWN) for char in text], np.int64)
 
     def decode(self, ids):
-        """The text of ids; start and end have none, an unknown character shows as the replacement character."""
+        """The text of ids; start and end have none, an unknown one shows as the replacement character."""
         return "".join(self.chars[i] if i > UNKNOWN else "\ufffd" if i == UNKNOWN else "" for i in ids)
 
 
@@ -2111,7 +2113,7 @@ def write_jsonl(path, rows):
 # --- works: the groups that a split may not cut
 
 def similar_pairs(signatures):
-    """((P, 2) rows i < j of (N, NUM_PERM) signatures that pass MIN_JACCARD and MIN_COMMON, (P,) their similarity).
+    """(N, NUM_PERM) signatures -> ((P, 2) rows i, j that pass MIN_JACCARD and MIN_COMMON, (P,) similarities).
 
     Candidates are neighbours in the sorted order of any one column. Bands of two or more columns, as in
     MinHashLSH, miss re-arranged works, whose Jaccard similarity is about .08; and all pairs of one value
@@ -2137,18 +2139,18 @@ def similar_pairs(signatures):
     return np.concatenate(kept), np.concatenate(similarity)
 
 
-def group_works(signatures, hashes, labels=()):
+def group_works(signatures, hashes, labels=None):
     """(N,) group ids for N files: the smallest content hash in each file's group, in any order of files.
 
-    Files with equal hashes, equal labels or similar signatures, and what a chain of such files connects, are one
-    group. Where chains of similar files grow past MAX_GROUP, those in them must be twice, four times ... as similar.
+    Files with equal hashes, equal labels or similar signatures, and what a chain of such files connects, are
+    one group. A group that outgrows MAX_GROUP is chance: its files must be twice, four times ... as similar.
     """
     unique, which, count = np.unique(np.asarray(hashes), return_inverse=True, return_counts=True)
     by_hash = signatures[np.argsort(which, kind="stable")]
     # Equal notes on other tracks differ in signature; the MinHash of a union is the minimum of the MinHashes.
     pairs, similarity = similar_pairs(np.minimum.reduceat(by_hash, np.cumsum(count) - count))
-    first, floor = {}, MIN_JACCARD
-    labelled = [(first.setdefault(label, node), node) for label, node in zip(labels, which.tolist(), strict=bool(labels))]
+    first, floor, labels = {}, MIN_JACCARD, labels or range(len(which))
+    labelled = [(first.setdefault(label, i), i) for label, i in zip(labels, which.tolist(), strict=True)]
     while True:
         i, j = np.concatenate([pairs, np.array(labelled, int).reshape(-1, 2)]).T
         graph = coo_array((np.ones(len(i), bool), (i, j)), shape=(len(unique), len(unique)))
@@ -2186,7 +2188,7 @@ def split_groups(group_ids, sizes_in_chars, val_frac, test_frac, seed):
 
 
 def held_out_fractions(total_chars, cfg):
-    """(validation, test) shares: 1 % each of a large corpus, up to 10 % of a small one to reach 200,000 characters."""
+    """(validation, test) shares: 1 % each, of a small corpus up to 10 % to reach 200,000 characters."""
     enough = float(np.clip(200_000 / max(1, total_chars), 0.01, 0.1))
     val = cfg.VAL_FRAC or enough
     return val, cfg.TEST_FRAC or val
@@ -2201,7 +2203,7 @@ def leak_of_file_split(group_ids, sizes_in_chars, val_frac, test_frac):
     _, which, members = np.unique(np.asarray(group_ids), return_inverse=True, return_counts=True)
     leak = 1 - (val_frac + test_frac) ** (members[which] - 1.0)
     return {"files": len(which), "groups": len(members), "largest_group": int(members.max()),
-            "leaked_files": float(leak.mean()), "leaked_chars": float(np.average(leak, weights=sizes_in_chars))}
+            "leaked_files": leak.mean(), "leaked_chars": np.average(leak, weights=sizes_in_chars)}
 
 
 # --- token files
@@ -2236,20 +2238,19 @@ def write_tokens(split, tunes, vocab, cfg):
         for block in read_blocks(tunes, split, cfg):
             ids = table[code_points("".join(f"\0{text}\1" for _, text in block))]
             ids.tofile(out)
-            lengths = [len(text) + 2 for _, text in block]
-            starts = np.cumsum([0, *lengths[:-1]])
+            starts = np.cumsum([0, *(len(text) + 2 for _, text in block[:-1])])
             unknown = np.add.reduceat(ids == UNKNOWN, starts, dtype=int)
-            placed += [{"file": tune["file"], "split": split, "group": tune["group"], "start": start + first,
-                        "chars": length - 2, "unknown": lost, "notes": tune["n_notes"], "seconds": tune["seconds"]}
-                       for (tune, _), first, length, lost in zip(
-                           block, starts.tolist(), lengths, unknown.tolist(), strict=True)]
+            for (tune, text), first, lost in zip(block, starts.tolist(), unknown.tolist(), strict=True):
+                placed.append({"file": tune["file"], "split": split, "group": tune["group"],
+                               "start": start + first, "chars": len(text), "unknown": lost,
+                               "notes": tune["n_notes"], "seconds": tune["seconds"]})
             start += len(ids)
     return placed
 
 
 @stage(version=2, knobs="VAL_FRAC TEST_FRAC SPLIT_BY SEED", after=convert)
 def tokenize(cfg):
-    """Splits the tunes by work, so that no version of a held-out tune is trained on, and writes them as token ids."""
+    """Splits the tunes so that no version of a held-out tune is trained on, and writes them as token ids."""
     report = read_jsonl(cfg.abc_root / "report.jsonl")
     tunes = [row for row in report if "abc" in row]
     need(len(tunes) >= 3, f"only {len(tunes)} tunes were converted, and a study needs at least three; see "
@@ -2261,8 +2262,8 @@ def tokenize(cfg):
     split_ids = works if cfg.SPLIT_BY == "work" else [tune["file"] for tune in tunes]
     splits = split_groups(split_ids, chars, *fractions, cfg.SEED)
     members = {"train": [], "val": [], "test": []}
-    for tune, work, split in sorted(zip(tunes, works, splits, strict=True), key=lambda x: shuffle_key(x[0], cfg)):
-        members[split].append({**tune, "group": str(work)})
+    for i in sorted(range(len(tunes)), key=lambda i: shuffle_key(tunes[i], cfg)):
+        members[splits[i]].append({**tunes[i], "group": str(works[i])})
     need(all(members.values()), "too few different works to hold any out; add music or raise VAL_FRAC")
     vocab = build_vocab(members["train"], cfg)
     placed = {split: write_tokens(split, members[split], vocab, cfg) for split in members}
@@ -2271,12 +2272,13 @@ def tokenize(cfg):
     stats = corpus_statistics(report, placed, vocab, works, fractions, cfg)
     write_json(cfg.tokens_root / "stats.json", stats)
     plot_lengths(chars, cfg.tokens_root / "length_distribution.png")
+    sizes, leak = stats["splits"].items(), stats["works"]["leak_of_split_by_file"]
     say(f"tokenize  {len(vocab.chars)} symbols; " + ", ".join(
-        f"{split} {row['tunes']:,} tunes {row['chars']:,} characters" for split, row in stats["splits"].items()))
-    leak = stats["works"]["leak_of_split_by_file"]
-    say(f"tokenize  {len(tunes):,} tunes are {leak['groups']:,} works; split by {cfg.SPLIT_BY}. Of a split by file "
+        f"{split} {row['tunes']:,} tunes {row['chars']:,} characters" for split, row in sizes))
+    say(f"tokenize  {len(tunes):,} tunes are {leak['groups']:,} works; split by {cfg.SPLIT_BY}. Split by file, "
         f"{leak['leaked_chars']:.1%} of the held-out characters have a version in training")
-    names = ("train.bin", "val.bin", "test.bin", "vocab.json", "tunes.jsonl", "stats.json", "length_distribution.png")
+    names = (*(f"{split}.bin" for split in members), "vocab.json", "tunes.jsonl", "stats.json",
+             "length_distribution.png")
     return [cfg.tokens_root / name for name in names]
 
 
@@ -2286,24 +2288,28 @@ def shuffle_key(tune, cfg):
 
 
 def corpus_statistics(report, placed, vocab, works, fractions, cfg):
-    """What the report tells of the data: counts that balance, lengths, duplicates, the leak that the split avoids."""
-    tunes, reasons = [row for row in report if "abc" in row], Counter(row["reason"] for row in report if "reason" in row)
-    need(len(report) == len(tunes) + reasons.total(), "the books of the conversion do not balance: re-run convert")
+    """What the report tells of the data: counts that balance, lengths, works, the leak of a split by file."""
+    tunes = [row for row in report if "abc" in row]
+    reasons = Counter(row["reason"] for row in report if "reason" in row)
+    need(len(report) == len(tunes) + reasons.total(), "the books of convert do not balance: run it again")
     chars = np.array([tune["n_chars"] for tune in tunes])
-    splits = {split: {"tunes": len(rows), "groups": len({row["group"] for row in rows}),
-                      **{key: sum(row[key] for row in rows) for key in ("chars", "notes", "seconds", "unknown")}}
-              for split, rows in placed.items()}
+    sums, splits = ("chars", "notes", "seconds", "unknown"), {}
+    for split, rows in placed.items():
+        splits[split] = {"tunes": len(rows), "groups": len({row["group"] for row in rows}),
+                         **{key: sum(row[key] for row in rows) for key in sums}}
     f1 = np.array([tune["f1"] for tune in tunes if tune["f1"] is not None])  # none of what came as ABC
     sizes = np.unique(works, return_counts=True)[1]
-    quantiles = {"min": 0, "5%": 0.05, "25%": 0.25, "50%": 0.5, "75%": 0.75, "95%": 0.95, "99%": 0.99, "max": 1}
-    return {"files": len(report), "converted": len(tunes), "rejected": dict(reasons.most_common()),
-            "converted_share": len(tunes) / len(report), "vocabulary": vocab.chars, "vocabulary_size": len(vocab.chars),
-            "splits": splits, "split_by": cfg.SPLIT_BY, "fractions": fractions,
+    quantiles = {"min": 0, "5%": 5, "25%": 25, "50%": 50, "75%": 75, "95%": 95, "99%": 99, "max": 100}
+    return {"files": len(report), "converted": len(tunes), "converted_share": len(tunes) / len(report),
+            "rejected": dict(reasons.most_common()), "vocabulary": vocab.chars,
+            "vocabulary_size": len(vocab.chars), "splits": splits, "split_by": cfg.SPLIT_BY,
+            "fractions": fractions,
             "round_trip_f1": {"mean": f1.mean(), "share_above_0.99": (f1 > 0.99).mean()} if len(f1) else None,
             "chars_per_note": chars.sum() / sum(tune["n_notes"] for tune in tunes),
-            "length_quantiles": {name: np.quantile(chars, q) for name, q in quantiles.items()},
+            "length_quantiles": {name: np.percentile(chars, q) for name, q in quantiles.items()},
             "longest_1%_hold": np.sort(chars)[-max(1, len(chars) // 100):].sum() / chars.sum(),
-            "works": {"groups": len(sizes), "largest": sizes.max(), "in_groups_of_several": sizes[sizes > 1].sum(),
+            "works": {"groups": len(sizes), "largest": sizes.max(),
+                      "in_groups_of_several": sizes[sizes > 1].sum(),
                       "leak_of_split_by_file": leak_of_file_split(works, chars, *fractions)}}
 
 

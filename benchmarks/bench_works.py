@@ -100,7 +100,7 @@ def score(groups, works, edited, n_edits):
     """Precision and recall of pairs within POP909, recall on titles and edits, false pairs between pop and folk."""
     out, groups = {}, np.asarray(groups).tolist()
     for corpus in ("pop909", "folk"):
-        rows = [(group, label) for group, (name, label, _, _) in zip(groups, works) if name == corpus]
+        rows = [(group, label) for group, (name, label, _, _) in zip(groups, works, strict=True) if name == corpus]
         both, found = n_pairs(rows), n_pairs(group for group, _ in rows)
         out[f"{corpus} recall"] = both / max(1, n_pairs(label for _, label in rows))
         if corpus == "pop909":
@@ -108,7 +108,7 @@ def score(groups, works, edited, n_edits):
     hits = [groups[i] == groups[origin] for i, origin in edited]
     out["edits recall"] = np.mean(hits)
     corpora = {}
-    for group, (corpus, _, _, _) in zip(groups[:len(groups) - n_edits], works):
+    for group, (corpus, _, _, _) in zip(groups[:len(groups) - n_edits], works, strict=False):
         corpora.setdefault(group, Counter())[corpus] += 1
     out["pop-folk pairs"] = sum(c["pop909"] * (c["folk"] + c["nottingham"]) for c in corpora.values())
     out["largest"] = max(Counter(groups).values())
