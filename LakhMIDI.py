@@ -2275,8 +2275,8 @@ def tokenize(cfg):
     sizes, leak = stats["splits"].items(), stats["works"]["leak_of_split_by_file"]
     say(f"tokenize  {len(vocab.chars)} symbols; " + ", ".join(
         f"{split} {row['tunes']:,} tunes {row['chars']:,} characters" for split, row in sizes))
-    say(f"tokenize  {len(tunes):,} tunes are {leak['groups']:,} works; split by {cfg.SPLIT_BY}. Split by file, "
-        f"{leak['leaked_chars']:.1%} of the held-out characters have a version in training")
+    say(f"tokenize  {len(tunes):,} tunes are {leak['groups']:,} works; split by {cfg.SPLIT_BY}. Split by "
+        f"file, {leak['leaked_chars']:.1%} of the held-out characters have a version in training")
     names = (*(f"{split}.bin" for split in members), "vocab.json", "tunes.jsonl", "stats.json",
              "length_distribution.png")
     return [cfg.tokens_root / name for name in names]

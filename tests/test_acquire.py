@@ -273,11 +273,18 @@ def test_garbled_tar_header(extract, tmp_path):
 
 def test_users_mistakes(extract, tmp_path):
     (tmp_path / "text.zip").write_text("not an archive at all" * 99)
+    (tmp_path / "songs.7z").write_bytes(b"7z\xbc\xaf\x27\x1c" + os.urandom(5_000))
+    (tmp_path / "songs.rar").write_bytes(b"Rar!\x1a\x07\x01\x00" + os.urandom(5_000))
     (tmp_path / "empty").mkdir()
     for knobs, words in [
         ({"LMD_ZIP_PATH": "no.zip"}, "no file"),
         ({"LMD_ZIP_PATH": tmp_path}, "LOCAL_MIDI_ROOT"),
         ({"LMD_ZIP_PATH": "text.zip"}, "no ZIP or tar"),
+        ({"LMD_ZIP_PATH": "songs.7z"}, "no ZIP or tar"),
+        ({"LMD_ZIP_PATH": "songs.rar"}, "no ZIP or tar"),
+        ({"DATASET": "thesesion"}, "no file"),
+        ({"DATASET": "text.zip"}, "tunes.csv"),
+        ({"DATASET": "thesession", "USE_LOCAL_MIDI": True}, "only one"),
         ({"USE_LOCAL_MIDI": True}, "no folder"),
         ({"USE_LOCAL_MIDI": True, "LOCAL_MIDI_ROOT": "gone"}, "no folder"),
         ({"USE_LOCAL_MIDI": True, "LOCAL_MIDI_ROOT": "empty"}, "no music files"),
@@ -289,6 +296,7 @@ def test_users_mistakes(extract, tmp_path):
         with pytest.raises(UserError, match=words) as error:
             extract(**knobs)
         assert "\n" not in str(error.value)
+        assert not (tmp_path / "data/midi").exists() and not (tmp_path / "data/midi_index.json").exists()
 
 
 def test_choice_does_not_depend_on_the_order(extract, tmp_path):

@@ -18,14 +18,14 @@ COLUMNS = ("tune_id", "setting_id", "name", "type", "meter", "mode", "abc", "dat
 
 def melody(seed, bars=16):
     rng = random.Random(seed)
-    lines = ["|".join("".join(rng.choice("ABcdefg") for _ in range(8)) for _ in range(4)) for _ in range(bars // 4)]
-    return "|:" + "|\n".join(lines) + ":|"
+    music = ["".join(rng.choices("ABcdefg", k=8)) for _ in range(bars)]
+    return "|:" + "|\n".join("|".join(music[i:i + 4]) for i in range(0, bars, 4)) + ":|"
 
 
 def setting(tune=1, number=1, **fields):
-    row = {"tune_id": tune, "setting_id": number, "name": "A Made-Up Reel", "type": "reel", "meter": "4/4",
-           "mode": "Gmajor", "abc": melody(number), "date": "2019-12-31 10:00:00", "username": "somebody", "composer": ""}
-    return row | fields
+    return {"tune_id": tune, "setting_id": number, "name": "A Made-Up Reel", "type": "reel", "meter": "4/4",
+            "mode": "Gmajor", "abc": melody(number), "date": "2019-12-31 10:00:00", "username": "somebody",
+            "composer": "", **fields}
 
 
 def as_csv(rows, columns=COLUMNS):
@@ -56,8 +56,10 @@ def extract(tmp_path, monkeypatch):
 
 
 def test_a_setting_becomes_a_complete_tune(extract):
-    index, files = extract(as_csv([setting(7, 70, name="Tom &amp; Jerry's \u201cReel\u201d", abc='"G"GABc dedB:|\nA:|')]))
-    assert files == {"7/70.abc": 'X:1\nT:Tom & Jerry\'s \u201cReel\u201d\nL:1/8\nM:4/4\nR:reel\nK:Gmaj\n"G"GABc dedB:|\nA:|\n'}
+    row = setting(7, 70, name="Tom &amp; Jerry's \u201cReel\u201d", abc='"G"GABc dedB:|\nA:|')
+    index, files = extract(as_csv([row]))
+    title, music = "T:Tom & Jerry's \u201cReel\u201d\n", '"G"GABc dedB:|\nA:|\n'
+    assert files == {"7/70.abc": f"X:1\n{title}L:1/8\nM:4/4\nR:reel\nK:Gmaj\n{music}"}
     assert index["dump"]["newest"] == "2019-12-31" and index["dump"]["cleaned"]["name"] == 1
     assert index["dump"]["bytes"] > 100 and len(index["dump"]["sha256"]) == 64
 
@@ -74,8 +76,9 @@ def test_csv_and_json_give_the_same_tunes(extract):
 
 @pytest.mark.parametrize("change, reason", [
     ({"abc": ""}, "no music"), ({"abc": "|||  z4 |"}, "no music"), ({"abc": None}, "no music"),
-    ({"mode": "Hminor"}, "no key or metre"), ({"mode": ""}, "no key or metre"), ({"meter": "four"}, "no key or metre"),
-    ({"meter": "4/4\nX:1"}, "no key or metre"), ({"tune_id": "../../etc"}, "no tune_id or setting_id"),
+    ({"mode": "Hminor"}, "no key or metre"), ({"mode": ""}, "no key or metre"),
+    ({"meter": "four"}, "no key or metre"), ({"meter": "4/4\nX:1"}, "no key or metre"),
+    ({"tune_id": "../../etc"}, "no tune_id or setting_id"),
     ({"setting_id": ""}, "no tune_id or setting_id"), ({"setting_id": "1/2"}, "no tune_id or setting_id"),
     ({"abc": "A" * 200_000}, "no tune_id or setting_id")])
 def test_a_row_that_is_no_tune_is_counted_by_its_reason(extract, change, reason):
@@ -84,7 +87,8 @@ def test_a_row_that_is_no_tune_is_counted_by_its_reason(extract, change, reason)
 
 
 def test_dirt_in_a_field_is_cleaned_and_counted(extract):
-    dirty = melody(2).replace("\n", "\r\n") + "\x00\u200b\n\n\nT:another name\nZ: somebody\nK:Amin\n&quot;Am&amp;quot;A2&deg A2|"
+    dirty = (melody(2).replace("\n", "\r\n") + "\x00\u200b\n\n\nT:another name\nZ: somebody\nK:Amin\n"
+             "&quot;Am&amp;quot;A2&deg A2|")
     index, files = extract(as_csv([setting(1, 2, name="<script>alert(1)</script>\nK:C", abc=dirty)]))
     text = files["1/2.abc"]
     assert text.count("\nT:") == 1 and text.index("\nT:") < text.index("\nK:G") and "\nZ:" not in text
@@ -95,7 +99,8 @@ def test_dirt_in_a_field_is_cleaned_and_counted(extract):
 
 @pytest.mark.parametrize("data", [
     b"\xef\xbb\xbf" + as_csv(GOOD[:5]), as_csv(GOOD[:5]).replace(b"\n", b"\r\n"),
-    as_csv(GOOD[:5]).replace(b"A Made-Up", "Caf\u00e9".encode("latin-1")), as_csv(GOOD[:5]) + b"1,2\n\n,,,,,,,\n1," + b"x," * 50,
+    as_csv(GOOD[:5]).replace(b"A Made-Up", "Caf\u00e9".encode("latin-1")),
+    as_csv(GOOD[:5]) + b"1,2\n\n,,,,,,,\n1," + b"x," * 50,
     as_csv(GOOD[:5]) + b'9,9,"a quotation mark that is never closed,reel,4/4,Gmajor,' + b"A\n" * 200_000,
     as_csv(GOOD[:5], COLUMNS[:2] + COLUMNS[4:7]), as_csv(GOOD[:5]) + as_csv(GOOD[3:4])[:-30]],
     ids=["BOM", "CRLF", "Latin-1", "ragged", "unclosed", "few columns", "cut off"])
@@ -105,8 +110,9 @@ def test_a_damaged_dump_gives_what_is_whole(extract, data):
     assert all("\nK:Gmaj\n|:" in text for text in files.values())
 
 
-@pytest.mark.parametrize("data", [b"", b"\n", b"404: Not Found", b"<html>", b"[", b'[{"abc": "', b"[1, null, []]", b"\x00\xff" * 99,
-                                  as_csv([]), as_csv(GOOD, COLUMNS[:6]), "tune_id,abc\n1,A".encode("utf-16"), b"[" * 99_999])
+@pytest.mark.parametrize("data", [
+    b"", b"\n", b"404: Not Found", b"<html>", b"[", b'[{"abc": "', b"[1, null, []]", b"[" * 99_999,
+    b"\x00\xff" * 99, as_csv([]), as_csv(GOOD, COLUMNS[:6]), "tune_id,abc\n1,A".encode("utf-16")])
 def test_what_is_no_dump_is_refused_in_a_line(extract, data):
     with pytest.raises(UserError) as error:
         extract(data)
@@ -146,7 +152,8 @@ def test_settings_of_one_tune_stay_on_one_side(tokens, capsys):
     assert "96.0%" in capsys.readouterr().out
     row = study.read_jsonl(cfg.abc_root / "report.jsonl")[0]
     text = (cfg.abc_root / row["abc"]).read_text()
-    assert text.startswith("X:1\nL:1/8\nM:4/4\nR:reel\nK:Gmaj\n|:") and row["n_notes"] == 128 and row["seconds"] == 32
+    assert text.startswith("X:1\nL:1/8\nM:4/4\nR:reel\nK:Gmaj\n|:")
+    assert row["n_notes"] == 128 and row["seconds"] == 32
 
 
 def test_the_published_split_by_setting_is_a_knob_away(tokens):
@@ -165,7 +172,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if span := self.headers.get("Range"):
             start = int(span[6:-1])
         self.send_response(206 if span else 200)
-        self.send_header("Content-Length", str(len(body) - start + 9 * (how == "longer") - 999 * (how == "shorter")))
+        length = len(body) - start + 9 * (how == "longer") - 999 * (how == "shorter")
+        self.send_header("Content-Length", str(length))
         self.send_header("ETag", '"1"')
         self.end_headers()
         self.wfile.write(body[start:start + 70_000] if how == "cuts" else body[start:])
