@@ -1644,7 +1644,7 @@ def read_abc(text):
     for state["line"], line in enumerate(text.splitlines(), 1):
         if line.startswith("%%MIDI"):
             read_directive(state, line)
-        elif line[1:2] == ":" and line[0].isalpha() and line[2:3] not in ("|", ":") and not (tagged and "|" in line):
+        elif line[1:2] == ":" and line[0].isalpha() and not (tagged and "|" in line):
             read_field(state, line[0], line[2:], report)
         elif line.strip() and line[0] != "%":
             read_line(state, line, report)
