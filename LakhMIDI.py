@@ -2143,12 +2143,12 @@ def group_works(signatures, hashes, labels=None):
     """(N,) group ids for N files: the smallest content hash in each file's group, in any order of files.
 
     Files with equal hashes, equal labels or similar signatures, and what a chain of such files connects, are
-    one group. A group that outgrows MAX_GROUP is chance: its files must be twice, four times ... as similar.
+    one group. A group that outgrows MAX_GROUP is chance: its files must be more similar, at last by half.
     """
     unique, which, count = np.unique(np.asarray(hashes), return_inverse=True, return_counts=True)
-    by_hash = signatures[np.argsort(which, kind="stable")]
     # Equal notes on other tracks differ in signature; the MinHash of a union is the minimum of the MinHashes.
-    pairs, similarity = similar_pairs(np.minimum.reduceat(by_hash, np.cumsum(count) - count))
+    pairs, similarity = similar_pairs(np.minimum.reduceat(
+        signatures[np.argsort(which, kind="stable")], np.cumsum(count) - count))
     first, floor, labels = {}, MIN_JACCARD, labels or range(len(which))
     labelled = [(first.setdefault(label, i), i) for label, i in zip(labels, which.tolist(), strict=True)]
     while True:
@@ -2156,7 +2156,7 @@ def group_works(signatures, hashes, labels=None):
         graph = coo_array((np.ones(len(i), bool), (i, j)), shape=(len(unique), len(unique)))
         _, component = connected_components(graph, directed=False)
         overgrown = np.bincount(component)[component[pairs[:, 0]]] > max(MAX_GROUP, len(unique) // 200)
-        if floor > 1 or not overgrown.any():
+        if floor >= 1 / 2 or not overgrown.any():
             break
         floor *= 2
         pairs, similarity = (column[~overgrown | (similarity >= floor)] for column in (pairs, similarity))
@@ -2256,14 +2256,15 @@ def tokenize(cfg):
     need(len(tunes) >= 3, f"only {len(tunes)} tunes were converted, and a study needs at least three; see "
                           f"{cfg.abc_root / 'report.jsonl'} for the reasons")
     chars = np.array([tune["n_chars"] for tune in tunes])
-    works = group_works(np.load(cfg.abc_root / "signatures.npy"), [tune["hash"] for tune in tunes],
+    signatures = np.load(cfg.abc_root / "signatures.npy", mmap_mode="r")
+    works = group_works(signatures, [tune["hash"] for tune in tunes],
                         [tune.get("work") or tune["file"] for tune in tunes])
     fractions = held_out_fractions(chars.sum(), cfg)
     split_ids = works if cfg.SPLIT_BY == "work" else [tune["file"] for tune in tunes]
     splits = split_groups(split_ids, chars, *fractions, cfg.SEED)
     members = {"train": [], "val": [], "test": []}
     for i in sorted(range(len(tunes)), key=lambda i: shuffle_key(tunes[i], cfg)):
-        members[splits[i]].append({**tunes[i], "group": str(works[i])})
+        members[splits[i]].append(tunes[i] | {"group": str(works[i])})
     need(all(members.values()), "too few different works to hold any out; add music or raise VAL_FRAC")
     vocab = build_vocab(members["train"], cfg)
     placed = {split: write_tokens(split, members[split], vocab, cfg) for split in members}

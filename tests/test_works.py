@@ -104,6 +104,24 @@ def test_groups_do_not_depend_on_the_order_of_files():
     assert (groups([works[i] for i in order]) == groups(works)[order]).all()
 
 
+def test_a_label_joins_what_the_music_does_not():
+    works = [tune(seed) for seed in range(4)]
+    signatures, hashes = [fingerprint(n) for n in works], [content_hash(n) for n in works]
+    ids = group_works(np.array(signatures), np.array(hashes), ["a", "b", "a", "c"])
+    assert ids[0] == ids[2] and len(set(ids)) == 3
+
+
+def test_a_chain_of_chance_falls_apart_and_a_work_with_many_versions_does_not():
+    rng = np.random.default_rng(0)
+    signatures = rng.integers(0, 2**24, (450, NUM_PERM), dtype=np.uint32)  # sets of 256 shingles
+    for i in range(1, 300):  # each a little like the one before
+        signatures[i, i % 8::8] = signatures[i - 1, i % 8::8]
+    signatures[300:, NUM_PERM // 4:] = signatures[300, NUM_PERM // 4:]  # versions of one work
+    ids = group_works(signatures, np.array([f"{i:03d}" for i in range(450)]))
+    _, sizes = np.unique(ids[:300], return_counts=True)
+    assert sizes.max() <= 100 and len(set(ids[300:])) == 1
+
+
 def random_groups(n=4000, seed=0):
     rng = np.random.default_rng(seed)
     return rng.integers(0, n // 2, n).astype(str), rng.lognormal(8, 1, n)
