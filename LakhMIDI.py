@@ -59,6 +59,7 @@ from bisect import bisect, bisect_left
 from collections import Counter
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 # Threads that wait by spinning starve each other on a machine that is shared: 7 times slower when measured on two busy
@@ -851,21 +852,36 @@ def extract(cfg):
 # ============================================================================================================
 # 4 Convert: data_lakh/midi/ -> data_lakh/abc/, report.jsonl
 # ============================================================================================================
-# The pure functions. A beat is a quarter note whatever the metre says. In the writer times are whole ticks
-# of 1/48 beat, so that the grids of 1/16 beat (3 ticks), 1/8 (6) and triplets (1/6, 8) are all exact.
+# MIDI file -> Notes in beats -> ticks on a grid -> chords in layers -> pieces within one bar -> text, and back.
+# A beat is a quarter note whatever the metre says. What the text looks like:
+#
+#   X:1
+#   L:1/8                                  the length of a note without a number
+#   M:4/4
+#   Q:1/4=127
+#   K:D
+#   V:1 octave=1                           a voice per track and instrument, read an octave higher
+#   %%MIDI program 73
+#   V:2
+#   %%MIDI channel 10                      drums
+#   K:G
+#   [V:1]A,,8&BB2GG2BB|[V:2]F2F2F2F2|      a line is a bar: & stacks layers that overlap
+#   [V:1]G,,8-|                            a silent voice is not written; - ties over the bar line
+#   [V:1]G,,8|[V:2]Z1|C8|                  Zn stands for the bars that this voice has missed
+#
+# Any ABC program plays it. An accidental is written wherever the key lacks it, and where a bar has a letter in
+# two forms both are marked: what a note means never depends on the rest of the bar.
 
-BEAT = 48  # ticks per beat
+BEAT = 48  # ticks per beat: the grids of 1/16 beat (3 ticks), 1/8 (6) and of triplets (1/6, 8) are all exact
+MAX_BEATS = 20_000
+MAX_NOTES = 300_000
 LETTERS = "CDEFGAB"
 NATURAL = (0, 2, 4, 5, 7, 9, 11)  # semitones of C D E F G A B
 MARKS = {-2: "__", -1: "_", 0: "=", 1: "^", 2: "^^"}
 KEYS = ("Db", "Ab", "Eb", "Bb", "F", "C", "G", "D", "A", "E", "B", "F#")  # signatures -5 ... 6
-MINOR = ("Bbm", "Fm", "Cm", "Gm", "Dm", "Am", "Em", "Bm", "F#m", "C#m", "G#m", "D#m")
-MAX_LAYERS = 4  # chords of a voice that may overlap; more buys little and costs length
-UNITS = (1, 2, 4, 8, 16, 32)  # L:1/n
 DRUM_KEY = 6  # G major in every drum voice: its one sharp is the closed hi-hat, the most frequent drum
-# Krumhansl & Kessler 1982, probe-tone ratings of the twelve pitch classes from the tonic up
-MAJOR_PROFILE = (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88)
-MINOR_PROFILE = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)
+UNITS = (1, 2, 4, 8, 16, 32)  # denominators of L: and M:
+LAYERS = 4  # chords of a voice that may sound at once
 
 
 class Rejected(Exception):
@@ -896,6 +912,7 @@ class Tune(NamedTuple):
 
 # --- MIDI in
 
+
 def read_score(source):
     """Bytes or path of a MIDI file, bare or RIFF-wrapped -> symusic score. Raises Rejected."""
     data = bytes(source) if isinstance(source, (bytes, bytearray)) else Path(source).read_bytes()
@@ -908,6 +925,8 @@ def read_score(source):
         raise Rejected("bad_bytes", str(error)) from error
     if score.tpq <= 0:
         raise Rejected("bad_header", "no ticks per quarter note")
+    if score.note_num() > MAX_NOTES:  # before arrays of them fill the memory
+        raise Rejected("too_many_notes", f"{score.note_num()}")
     return score
 
 
@@ -931,47 +950,35 @@ def merge_duplicates(notes):
     return Notes(voice[new], onset[new], duration[new], pitch[new])
 
 
-def read_midi_notes(source):
-    """Bytes or path of a MIDI file -> Notes in beats as written. Raises Rejected."""
-    return score_notes(read_score(source))[0]
+def is_metre(num, den):
+    """Whether a time signature makes sense; all of POP909 says 1/4 and is in 4/4."""
+    return den in UNITS and 1.5 <= 4 * num / den <= 16
 
 
-def bar_lines(score, end):
-    """Score and length in ticks -> bar starts (B + 1,), and the metres as {bar: (numerator, denominator)}."""
-    changes = {0: (4, 4)}
-    for sign in score.time_signatures:
-        beats = 4 * sign.numerator / max(1, sign.denominator)
-        if 1.5 <= beats <= 16 and sign.denominator in (1, 2, 4, 8, 16, 32):  # others are noise in the file
-            changes[round(sign.time / score.tpq * 8) * BEAT // 8] = (sign.numerator, sign.denominator)
-    times = sorted(t for t in changes if t < max(end, 1))
-    starts, metres = [], {}
-    for start, stop in itertools.pairwise([*times, end]):
-        num, den = changes[start]
-        length = 4 * BEAT * num // den
-        bars = list(range(start, max(stop, start + 1), length))
-        metres[len(starts)] = (num, den)
-        starts += bars
-        last = bars[-1]
-        if stop < last + length and stop != end:  # a change inside a bar cuts it: a metre of its own
-            num, den = (stop - last) // 6, 32
-            while num % 2 == 0 and den > 4:
-                num, den = num // 2, den // 2
-            metres[len(starts) - 1] = (num, den)
-    return np.array([*starts, last + length]), metres
+def bar_lines(changes, end):
+    """Metres [(beat, numerator, denominator)], length in ticks -> bar lines (B + 1,) in ticks, metres by bar.
+
+    A metre that changes inside a bar counts from the next bar on.
+    """
+    changes = [(beat * BEAT - BEAT // 8, num, den) for beat, num, den in sorted(changes) if is_metre(num, den)]
+    lines, metres, num, den = [0], {0: (4, 4)}, 4, 4
+    while lines[-1] < end:
+        while changes and changes[0][0] <= lines[-1]:
+            _, num, den = changes.pop(0)
+            metres[len(lines) - 1] = num, den
+        lines.append(lines[-1] + 4 * BEAT * num // den)
+    return np.array(lines), metres
 
 
-def bar_tempos(score, bars):
-    """(quarter notes per minute of each bar, shape (B,), that keep its seconds; seconds in all)."""
-    tempos = sorted(((t.time / score.tpq * BEAT, t.mspq) for t in score.tempos), key=lambda tempo: tempo[0])
-    ticks = np.array([0.0, *(tick for tick, _ in tempos)])
-    per_tick = np.array([500_000, *(max(1, us) for _, us in tempos)]) / BEAT / 1e6  # seconds
-    seconds = np.concatenate([[0], np.cumsum(np.diff(ticks) * per_tick[:-1])])
-    segment = np.searchsorted(ticks, bars, "right") - 1
-    at_bars = seconds[segment] + (bars - ticks[segment]) * per_tick[segment]
-    return 60 * np.diff(bars) / BEAT / np.diff(at_bars), at_bars[-1]
+def bar_tempos(changes, bars):
+    """Tempos [(beat, quarter notes per minute)], bar lines in ticks -> (mean tempo of each bar (B,), seconds in all)."""
+    beat, qpm = np.array([(0, 120), *sorted(changes), (2 * MAX_BEATS, 120)]).T
+    seconds = np.interp(bars / BEAT, beat, np.cumsum([0, *np.diff(beat) * 60 / qpm[:-1]]))
+    return 60 / BEAT * np.diff(bars) / np.diff(seconds), seconds[-1]
 
 
 # --- quantising
+
 
 def choose_grid(onset, key):
     """Step in ticks for a file, and whether it has triplet beats; `onset` ascends within each `key`."""
@@ -983,21 +990,20 @@ def choose_grid(onset, key):
     return step, np.mean(on8 | on6) > 0.9 and np.mean(on6 & ~on8) > 0.01
 
 
-def triplet_beats(notes, n_beats, step):
-    """Which beats of each voice lie nearer to the 1/6 than to the 1/8 grid: bool, shape (voices, n_beats)."""
+def triplet_beats(notes, bars, step):
+    """Which beats of each voice lie nearer to the grid of 1/6 beat: bool (voices, beats)."""
+    shape = notes.voice.max() + 1, bars[-1] // BEAT + 2
     beat = np.floor(notes.onset + step / 2 / BEAT).astype(int)
-    gain = (np.abs(notes.onset * 8 - np.rint(notes.onset * 8)) / 8
-            - np.abs(notes.onset * 6 - np.rint(notes.onset * 6)) / 6)
-    shape = (notes.voice.max() + 1, n_beats)
-    total = np.bincount(notes.voice * n_beats + beat, gain, minlength=shape[0] * n_beats)
-    return total.reshape(shape) > 1 / 48
+    off, off6 = (np.abs(notes.onset - np.rint(notes.onset * n) / n) for n in (BEAT // step, 6))
+    gain = np.bincount(notes.voice * shape[1] + beat, off - off6, minlength=shape[0] * shape[1])
+    triplet = gain.reshape(shape) > 1 / BEAT
+    triplet[:, bars[bars % BEAT != 0] // BEAT] = False  # a bar line inside
+    return triplet
 
 
 def quantise(beats, voice, step, triplet):
     """Beats -> ticks on the file's grid, or on the 1/6 grid inside triplet beats."""
     ticks = np.rint(beats * (BEAT // step)).astype(int) * step
-    if triplet is None:
-        return ticks
     inside = triplet[voice, np.floor(beats + step / 2 / BEAT).astype(int)]
     return np.where(inside, np.rint(beats * 6).astype(int) * 8, ticks)
 
@@ -1008,7 +1014,7 @@ def snap_ends(voice, start, end, duration, bars):
     Only as far as the length stays within 1/8 beat or 20 % of `duration`, the true one in ticks.
     """
     slack = np.maximum(BEAT / 8, duration / 5) + 1e-6
-    span = bars[-1] + 10_000
+    span = bars[-1] + MAX_BEATS
     onsets = np.append(np.unique(voice * span + start), 2**60)
     after = np.searchsorted(onsets, voice * span + end)
     quarter, line = np.rint(end / 12).astype(int) * 12, bars[np.searchsorted(bars, end - BEAT // 8)]
@@ -1030,41 +1036,61 @@ def grid_notes(notes, bars, step, triplet):
     end, duration = np.maximum.reduceat(end, first), np.maximum.reduceat(notes.duration, first) * BEAT
     voice, pitch, start, key = notes.voice[first], notes.pitch[first], start[first], key[first]
     end = snap_ends(voice, start, end, duration, bars)
+    end = np.where(triplet[voice, (end - 1) // BEAT], -(-end // 8) * 8, end)  # the shortest may have left the 1/6 grid
     struck = np.append(np.where(np.diff(key) == 0, start[1:], 2**60), 2**60)
-    if triplet is not None:  # a shortest note may have left the 1/6 grid
-        end = np.where(triplet[voice, (end - 1) // BEAT], -(-end // 8) * 8, end)
-    return voice, pitch, start, limit_layers(voice, start, np.minimum(end, struck), MAX_LAYERS)
+    return voice, pitch, start, np.minimum(end, struck)
 
 
-def limit_layers(voice, start, end, most):
-    """Cut ends so that at most `most` chords of a voice sound at once; what would end first ends early."""
-    span = end.max() + 1
-    chords, chord = np.unique((voice * span + start) * span + end, return_inverse=True)
-    low, high = chords // span, chords // span**2 * span + chords % span  # starts and ends, voice after voice
-    depth = np.arange(1, len(chords) + 1) - np.searchsorted(np.sort(high), low, "right")
-    high_list, sounding = high.tolist(), []
-    for i in np.flatnonzero(np.isin(low // span, low[depth > most] // span)).tolist():
-        sounding = [(t, k) for t, k in sounding if t > low[i]]
-        if len(sounding) == most:
-            first = min(sounding)
-            sounding.remove(first)
-            if low[first[1]] < low[i]:
-                high_list[first[1]] = int(low[i])
-        sounding.append((high_list[i], i))
-    return (np.array(high_list) % span)[chord]
+def make_layers(notes, most, alone=0):
+    """Notes (voice, pitch, start, end) in ticks -> (layer of each note within its voice, new ends), (N,) both.
+
+    Notes of a layer form chords of equal start and end, `alone` ones excepted, that do not overlap. There are at most
+    `most` (voices,) layers: of chords that start together those beyond end with the last one within.
+    """
+    voice, pitch, start, end = notes
+    span = int(end.max()) + 1
+    keys, chord = np.unique(((voice * span + start) * span + end) * 128 + pitch * alone, return_inverse=True)
+    begin, end = keys // 128 // span, keys // 128 % span
+    rank = np.arange(len(keys)) - np.searchsorted(begin, begin)
+    keep = rank < most[begin // span]
+    layer, end = assign_layers(begin[keep] // span, begin[keep] % span, end[keep], most)
+    chord = (np.cumsum(keep) - 1)[chord]
+    return layer[chord], end[chord]
+
+
+def assign_layers(group, start, end, most):
+    """Events by group and start -> (layer of each, ends): events of one group that overlap get different layers.
+
+    Where all `most` (groups,) layers of a group sound, the event that would end first ends early.
+    """
+    layer, ends, starts = np.zeros(len(group), int), end.tolist(), start.tolist()
+    crowded = np.unique(group[1:][(group[1:] == group[:-1]) & (start[1:] < end[:-1])])
+    lows, highs = (np.searchsorted(group, crowded, side).tolist() for side in ("left", "right"))
+    for low, high, limit in zip(lows, highs, most[crowded].tolist(), strict=True):
+        last = []  # the last event of each layer
+        for i in range(low, high):
+            free = [(-ends[j], k) for k, j in enumerate(last) if ends[j] <= starts[i]]
+            if free:
+                k = min(free)[1]
+            elif len(last) < limit:
+                k = len(last)
+                last.append(i)
+            else:
+                k = min((ends[j], k) for k, j in enumerate(last) if starts[j] < starts[i])[1]
+                ends[last[k]] = starts[i]
+            last[k] = i
+            layer[i] = k
+    return layer, np.array(ends)
 
 
 # --- writing
 
+
 def choose_key(pitch):
-    """Pitches -> (index into KEYS of the signature with the fewest accidentals, name of the key)."""
-    count = np.bincount(pitch % 12, minlength=12).astype(float)
+    """Index into KEYS of the signature with the fewest accidentals."""
+    count = np.bincount(pitch % 12, minlength=12)
     scale = np.array([[(7 * s + n) % 12 for n in NATURAL] for s in range(-5, 7)])
-    best = int(np.argmax(count[scale].sum(1) - 1e-6 * np.abs(np.arange(12) - 5)))
-    tonic = 7 * (best - 5) % 12
-    major = np.dot(np.roll(MAJOR_PROFILE, tonic), count) / np.linalg.norm(MAJOR_PROFILE)
-    minor = np.dot(np.roll(MINOR_PROFILE, tonic + 9), count) / np.linalg.norm(MINOR_PROFILE)
-    return best, (MINOR if minor > major else KEYS)[best]
+    return int(np.argmax(count[scale].sum(1) - 1e-6 * np.abs(np.arange(12) - 5)))
 
 
 @functools.cache
@@ -1087,6 +1113,26 @@ def spelling(key, octave):
     return names + marked, np.array(letters), np.array(foreign)
 
 
+def name_notes(voice, pitch, group, keys, octaves):
+    """Names of notes in the keys and octaves of their voices; `group` numbers the bars of all voices.
+
+    A name is marked where its bar has the letter in two forms, and always where there are no `keys`.
+    """
+    tables = [spelling(key, octave) for key, octave in zip(keys or [5] * len(octaves), octaves, strict=True)]
+    letters, foreign = np.array([t[1] for t in tables]), np.array([t[2] for t in tables])
+    slot, away = group * 7 + letters[voice, pitch], foreign[voice, pitch]
+    altered = np.bincount(slot, away) > 0
+    marked = (altered[slot] | (keys is None)) & ~away
+    return [tables[v][0][p] for v, p in zip(voice.tolist(), (pitch + 128 * marked).tolist(), strict=True)]
+
+
+def chord_text(names, tied):
+    """'c', '[ceg]', or '[ce-g]' where only some are tied to the next bar."""
+    if len(names) == 1:
+        return names[0]
+    return "[" + "".join(name + "-" * (tie and not all(tied)) for name, tie in zip(names, tied, strict=True)) + "]"
+
+
 @functools.lru_cache(maxsize=4096)
 def length_text(ticks, unit):
     """A length as ABC writes it: '' for the unit, '3', '/', '3/', '/4', '3/4'."""
@@ -1095,209 +1141,128 @@ def length_text(ticks, unit):
     return (str(num) if num > 1 else "") + {1: "", 2: "/"}.get(den, f"/{den}")
 
 
-def choose_units(voice, length, n_voices):
-    """Lengths in ticks -> (the L: that suits the file, the L: of each voice, the text of each length)."""
-    lengths, which = np.unique(length, return_inverse=True)
-    texts = [[length_text(ticks, 4 * BEAT // den) for ticks in lengths.tolist()] for den in UNITS]
-    count = np.bincount(voice * len(lengths) + which, minlength=n_voices * len(lengths)).reshape(n_voices, -1)
-    cost = count @ np.array([[len(text) for text in row] for row in texts]).T  # (voices, units)
-    common, best = cost.sum(0).argmin(), cost.argmin(1)
-    best = np.where(cost.min(1) + len("\nL:1/16") < cost[:, common], best, common)
-    texts = [text for row in texts for text in row]
-    return (UNITS[common], [UNITS[unit] for unit in best.tolist()],
-            [texts[i] for i in (best[voice] * len(lengths) + which).tolist()])
+def choose_unit(length):
+    """Lengths in ticks -> the denominator of L: that writes them shortest."""
+    lengths, count = np.unique(length, return_counts=True)
+    cost = [np.dot(count, [len(length_text(ticks, 4 * BEAT // unit)) for ticks in lengths.tolist()]) for unit in UNITS]
+    return UNITS[int(np.argmin(cost))]
 
 
-def split_at(cut, pieces, start, end):
-    """Pieces (index, start, end) strictly around their `cut` become two."""
-    hit = (start < cut) & (cut < end)
-    return (np.concatenate([pieces, pieces[hit]]), np.concatenate([start, cut[hit]]),
-            np.concatenate([np.where(hit, cut, end), end[hit]])) if hit.any() else (pieces, start, end)
+def cut_pieces(voice, start, end, bars, triplet):
+    """Spans of time cut at bar lines and where they enter or leave a triplet beat half-way -> (index, start, end)."""
+    index, pieces = np.arange(len(start)), []
+    while len(index) or not pieces:
+        stop = np.minimum(end, bars[np.searchsorted(bars, start, "right")])
+        leaves = triplet[voice[index], start // BEAT] & (start % BEAT != 0)
+        enters = triplet[voice[index], (stop - 1) // BEAT] & (stop % BEAT != 0)
+        border = np.where(leaves, start // BEAT + 1, stop // BEAT) * BEAT
+        stop = np.where((leaves | enters) & (start < border) & (border < stop), border, stop)
+        stop = np.where((leaves | enters) & (stop - start == 40), stop - 8, stop)  # no note lasts 5/6 beat
+        pieces.append((index, start, stop))
+        more = stop < end
+        index, start, end = index[more], stop[more], end[more]
+    return [np.concatenate(column) for column in zip(*pieces, strict=True)]
 
 
-def split_triplets(index, voice, start, end, triplet):
-    """Cut what enters or leaves a triplet beat half-way at the border of that beat."""
-    inside = triplet[voice[index], start // BEAT] & (start % BEAT != 0)
-    index, start, end = split_at(np.where(inside, -(-start // BEAT) * BEAT, start), index, start, end)
-    inside = triplet[voice[index], (end - 1) // BEAT] & (end % BEAT != 0)
-    return split_at(np.where(inside, end // BEAT * BEAT, start), index, start, end)
+def fill_rests(line, start, end, lines, opens, closes):
+    """Pieces, and all lines with the ticks in which they open and close -> the rests (line, start, end) between."""
+    line, start, end = np.append(line, lines), np.append(start, closes), np.append(end, closes)
+    order = np.lexsort((start, line))
+    line, start, end = line[order], start[order], end[order]
+    head = np.append(True, line[1:] != line[:-1])
+    begin = np.where(head, opens[np.searchsorted(lines, line)], np.append(0, end[:-1]))
+    gap = begin < start
+    return line[gap], begin[gap], start[gap]
 
 
-def assign_layers(group, start, end):
-    """Layer of each event: events of a group (one voice in one bar) that overlap get different layers."""
-    layer = np.zeros(len(group), int)
-    clash = (group[1:] == group[:-1]) & (start[1:] < end[:-1])
-    todo = np.unique(group[1:][clash])
-    lows, highs = np.searchsorted(group, todo), np.searchsorted(group, todo, "right")
-    for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
-        ends, chosen = [], []
-        for s, e in zip(start[low:high].tolist(), end[low:high].tolist(), strict=True):
-            free = [(s - t, k) for k, t in enumerate(ends) if t <= s]
-            if free:
-                k = min(free)[1]
-                ends[k] = e
-            else:
-                k = len(ends)
-                ends.append(e)
-            chosen.append(k)
-        layer[low:high] = chosen
-    return layer
+def write_tuplets(line, start, end):
+    """Items by line and start -> (their written lengths in ticks, {item: "(3"} where a tuplet begins)."""
+    beat = line * MAX_BEATS * 2 + start // BEAT
+    off = (start % 3 != 0) | (end % 3 != 0)  # only thirds of a beat leave the grid of 1/16
+    inside = np.isin(beat, beat[off]) & (end - start < BEAT)
+    first = np.flatnonzero(inside & np.append(True, beat[1:] != beat[:-1]))
+    count = np.searchsorted(beat, beat[first], "right") - first
+    prefixes = ["(3" if n == 3 else f"(3:2:{n}" for n in count.tolist()]
+    return np.where(inside, (end - start) * 3 // 2, end - start), dict(zip(first.tolist(), prefixes, strict=True))
 
 
-def bar_pieces(voice, start, end, bars, triplet):
-    """Notes cut at bar lines and at the borders of triplet beats -> (note, bar, start, end) of each piece."""
-    first, last = np.searchsorted(bars, start, "right") - 1, np.searchsorted(bars, end) - 1
-    n = last - first + 1
-    index = np.repeat(np.arange(len(start)), n)
-    bar = np.repeat(first - np.cumsum(n) + n, n) + np.arange(len(index))
-    low, high = np.maximum(start[index], bars[bar]), np.minimum(end[index], bars[bar + 1])
-    if triplet is not None:
-        index, low, high = split_triplets(index, voice, low, high, triplet)
-        bar = np.searchsorted(bars, low, "right") - 1
-    return index, bar, low, high
+def write_chords(notes, bars, triplet, keys, octaves, strict):
+    """Notes (voice, pitch, start, end) in ticks -> (text, tied, group, start, end) of the chords that bars are made of.
 
-
-def name_pieces(voice, pitch, group, keys, octaves):
-    """Note name of each piece; `group` numbers the bars of all voices.
-
-    Where a bar has a letter in two forms both carry a mark: then it does not matter whether a reader lets
-    accidentals last to the bar line (and in which octaves), and a name means one pitch wherever it stands.
+    Groups number the bars of all voices: bar * voices + voice.
     """
-    tables = [spelling(key, octave) for key, octave in zip(keys, octaves, strict=True)]
-    letters, foreign = np.array([t[1] for t in tables]), np.array([t[2] for t in tables])
-    slot, away = group * 7 + letters[voice, pitch], foreign[voice, pitch]
-    altered = np.zeros(slot.max() + 1, bool)
-    altered[slot[away]] = True
-    marked = pitch + 128 * (altered[slot] & ~away)
-    return [tables[v][0][p] for v, p in zip(voice.tolist(), marked.tolist(), strict=True)]
-
-
-def write_chords(notes, bars, keys, octaves, triplet):
-    """Quantised notes -> (text without length, tied, line, start, end) of each chord, and layers per voice.
-
-    A line is one layer of one voice in one bar: ((bar * voices) + voice) * layers + layer.
-    """
-    voice, pitch, start, end = notes
-    index, bar, low, high = bar_pieces(voice, start, end, bars, triplet)
-    group, span = bar * len(octaves) + voice[index], np.diff(bars).max() + 1
+    voice, pitch, _, end = notes
+    span = int(np.diff(bars).max()) + 1
+    index, low, high = cut_pieces(*(notes[k] for k in (0, 2, 3)), bars, triplet)
+    bar = np.searchsorted(bars, low, "right") - 1
+    group = bar * len(octaves) + voice[index]
     slot = (group * span + low - bars[bar]) * span + high - bars[bar]
     order = np.argsort(slot * 128 + pitch[index])
     slot, index, group, low, high = (column[order] for column in (slot, index, group, low, high))
-    names = name_pieces(voice[index], pitch[index], group, keys, octaves)
     heads = np.flatnonzero(np.append(True, np.diff(slot) != 0))  # equal start and end: a chord
     size = np.diff(np.append(heads, len(slot)))
-    tied = end[index] > high
-    n_tied = np.add.reduceat(tied.astype(int), heads)
-    texts = chord_texts(names, tied.tolist(), heads.tolist(), size.tolist(), n_tied.tolist())
-    layer = assign_layers(group[heads], low[heads], high[heads])
-    n_layers = layer.max() + 1
-    return texts, n_tied == size, group[heads] * n_layers + layer, low[heads], high[heads], n_layers
+    tied, whole = end[index] > high, np.ones(len(heads), bool)
+    if strict:
+        tied &= np.repeat(size == 1, size)
+        whole = (size == 1) | (low == notes[2][index])[heads]
+    names, ties = name_notes(voice[index], pitch[index], group, keys, octaves), tied.tolist()
+    texts = [chord_text(names[i:i + n], ties[i:i + n])
+             for i, n in zip(heads[whole].tolist(), size[whole].tolist(), strict=True)]
+    tied = np.minimum.reduceat(tied, heads)
+    return texts, *(column[whole] for column in (tied, group[heads], low[heads], high[heads]))
 
 
-def add_rests(line, low, high, bar_start, bar_end):
-    """Events sorted by line (bar, voice, layer) and start -> the rests between them: (line, low, high)."""
-    head = np.append(True, line[1:] != line[:-1])
-    tail = np.append(head[1:], True)
-    before = np.where(head, bar_start, np.append(0, high[:-1]))
-    gap, close = before < low, tail & (high < bar_end)
-    return (np.concatenate([line[gap], line[close]]), np.concatenate([before[gap], high[close]]),
-            np.concatenate([low[gap], bar_end[close]]))
+def write_cells(notes, bars, triplet, keys, octaves, strict=False):
+    """Notes (voice, pitch, start, end) in ticks -> (n of L:1/n, [(bar, voice, text)] in order).
 
-
-def write_body(notes, bars, keys, octaves, triplet, fields):
-    """Quantised notes -> (L of the file, L of each voice, body text)."""
+    A cell is the music of a voice in one bar: layer&layer. The strict export has cells for all voices and bars, and
+    no ties of chords: these end where they would be tied.
+    """
     n_voices = len(octaves)
-    texts, tied, line, low, high, n_layers = write_chords(notes, bars, keys, octaves, triplet)
-    span = bars[-1] + 1
-    order = np.argsort(line * span + low)
-    line, low, high, bar = line[order], low[order], high[order], line[order] // (n_layers * n_voices)
-    rest, rest_low, rest_high = add_rests(line, low, high, bars[bar], bars[bar + 1])
-    if triplet is not None:
-        index, rest_low, rest_high = split_triplets(
-            np.arange(len(rest)), rest // n_layers % n_voices, rest_low, rest_high, triplet)
-        rest = rest[index]
-    item = np.append(order, np.full(len(rest), len(texts)))
-    line, low, high = np.append(line, rest), np.append(low, rest_low), np.append(high, rest_high)
-    order = np.argsort(line * span + low)
-    item, line, low, high = item[order], line[order], low[order], high[order]
-    length, tuplets = (high - low, []) if triplet is None else write_tuplets(line, low, high)
-    unit, units, lengths = choose_units(line // n_layers % n_voices, length, n_voices)
+    texts, tied, group, start, end = write_chords(notes, bars, triplet, keys, octaves, strict)
+    n_bars = int(group.max()) // n_voices + 1
+    line = group * LAYERS + assign_layers(group, start, end, np.full(n_bars * n_voices, LAYERS))[0]
+    silent = np.setdiff1d(np.arange(n_bars), group // n_voices) * n_voices  # there the first voice rests
+    lines = np.union1d(line, LAYERS * (np.arange(n_bars * n_voices) if strict else silent))
+    bar = lines // (n_voices * LAYERS)
+    rest, low, high = fill_rests(line, start, end, lines, bars[bar], bars[bar + 1])
+    piece, low, high = cut_pieces(rest // LAYERS % n_voices, low, high, bars, triplet)
+    line, start, end = np.append(line, rest[piece]), np.append(start, low), np.append(end, high)
+    order = np.argsort(line * (int(bars[-1]) + 1) + start)
+    line, item = line[order], np.minimum(order, len(texts))  # all rests have one text, the last
+    length, tuplets = write_tuplets(line, start[order], end[order])
+    unit = choose_unit(length)
     texts.append("z")
-    tokens = [texts[i] + length for i, length in zip(item.tolist(), lengths, strict=True)]
+    tokens = [texts[i] + length_text(ticks, 4 * BEAT // unit)
+              for i, ticks in zip(item.tolist(), length.tolist(), strict=True)]
     for i in np.flatnonzero(np.append(tied, False)[item]).tolist():
         tokens[i] += "-"
-    for i, text in tuplets:
-        tokens[i] = text + tokens[i]
-    return unit, units, join_lines(tokens, line, n_layers, n_voices, fields)
+    for i, prefix in tuplets.items():
+        tokens[i] = prefix + tokens[i]
+    for i in np.flatnonzero(line % LAYERS * np.append(True, np.diff(line) != 0)).tolist():
+        tokens[i] = "&" + tokens[i]
+    heads = np.flatnonzero(np.append(True, np.diff(line // LAYERS) != 0)).tolist()
+    return unit, [(*divmod(number // LAYERS, n_voices), "".join(tokens[i:j])) for number, i, j in
+                  zip(line[heads].tolist(), heads, [*heads[1:], len(tokens)], strict=True)]
 
 
-def chord_texts(names, tied, heads, size, n_tied):
-    """Names of the pieces -> a text per chord, without its length; ties inside where only some are tied."""
-    texts = []
-    for i, n, t in zip(heads, size, n_tied, strict=True):
-        if n == 1:
-            texts.append(names[i])
-        elif t in (0, n):
-            texts.append("[" + "".join(names[i:i + n]) + "]")
-        else:
-            texts.append("[" + "".join(names[j] + "-" * tied[j] for j in range(i, i + n)) + "]")
-    return texts
-
-
-def write_tuplets(line, low, high):
-    """Written lengths, and (item, prefix) for each tuplet: the items of one beat that leave the 1/8 grid."""
-    span = high.max() // BEAT + 1
-    beat = line * span + low // BEAT
-    off = (low % 3 != 0) | (high % 3 != 0)  # only thirds of a beat leave the 1/16 grid
-    beats = np.unique(beat[off])
-    inside = np.isin(beat, beats) & (high - low < BEAT)
-    length = np.where(inside, (high - low) * 3 // 2, high - low)
-    firsts = np.flatnonzero(inside & np.append(True, beat[1:] != beat[:-1]))
-    counts = np.searchsorted(beat, beat[firsts], "right") - firsts
-    prefixes = ["(3" if n == 3 else f"(3::{n}" for n in counts.tolist()]
-    return length, list(zip(firsts.tolist(), prefixes, strict=True))
-
-
-def join_lines(tokens, line, n_layers, n_voices, fields):
-    """Tokens -> body: a line per bar, [V:n]layer&layer| for each voice that sounds, Zn for bars it missed."""
-    heads = np.flatnonzero(np.append(True, np.diff(line) != 0))
-    due = [0] * n_voices  # the next bar that each voice has to write
-    now = -1  # the bar of the line being written
-    for i, number in zip(heads.tolist(), line[heads].tolist(), strict=True):
-        bar, voice, layer = number // (n_layers * n_voices), number // n_layers % n_voices, number % n_layers
-        if layer:
-            tokens[i] = "&" + tokens[i]
-            continue
-        text = "|" if now >= 0 else ""
-        if bar != now:
-            text += silent_bars(now + 1, bar, due, fields) + "\n" + fields.get(bar, "")
-            now = bar
-        text += f"[V:{voice + 1}]"
-        if due[voice] < bar:
-            text += f"Z{bar - due[voice]}|"
-        due[voice] = bar + 1
-        tokens[i] = text + tokens[i]
-    return "".join(tokens) + "|\n"
-
-
-def silent_bars(begin, end, due, fields):
-    """Lines for bars in which nobody plays: the first voice rests, up to each change of metre or tempo."""
-    out = ""
-    while begin < end:
-        stop = min([bar for bar in fields if begin < bar < end], default=end)
-        missed = f"Z{begin - due[0]}|" if due[0] < begin else ""
-        out += f"\n{fields.get(begin, '')}[V:1]{missed}Z{stop - begin}|"
-        begin = due[0] = stop
-    return out
+def write_body(cells, fields, n_voices):
+    """Cells -> text: a line per bar, [V:n] for each voice that sounds in it, Zn for the bars that it has missed."""
+    lines, due = [], [0] * n_voices  # the bar that each voice has to write next
+    for bar, sounding in itertools.groupby(cells, key=lambda cell: cell[0]):
+        line = fields.get(bar, "")
+        for _, voice, music in sounding:
+            missed = f"Z{bar - due[voice]}|" if due[voice] < bar else ""
+            line += f"[V:{voice + 1}]{missed}{music}|"
+            due[voice] = bar + 1
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def header_fields(metres, tempos):
     """Metres {bar: (num, den)}, tempo of each bar -> {bar: '[M:3/4][Q:1/4=90]'} where something changes."""
-    fields, metre, tempo = {}, None, 1e-9
+    fields, tempo = {bar: f"[M:{num}/{den}]" for bar, (num, den) in metres.items()}, 1e-9
     for bar, qpm in enumerate(tempos.tolist()):
-        if bar in metres and metres[bar] != metre:
-            metre = metres[bar]
-            fields[bar] = f"[M:{metre[0]}/{metre[1]}]"
         if abs(qpm / tempo - 1) > 0.03:  # smaller changes are below what listeners notice
             tempo = max(1, round(qpm))
             fields[bar] = fields.get(bar, "") + f"[Q:1/4={tempo}]"
@@ -1312,18 +1277,16 @@ def choose_octaves(voice, pitch, n_voices):
     return (np.argmin(count @ cost * 10 + np.abs(np.arange(-4, 5)), axis=1) - 4).tolist()
 
 
-def write_header(voices, octaves, unit, units, key, fields):
+def write_header(voices, octaves, unit, key, fields):
     """Everything above the first bar. What differs between voices stands below their V: fields."""
-    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields), f"K:{key}"]
+    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields), f"K:{KEYS[key]}"]
     for number, ((program, drum), octave) in enumerate(zip(voices, octaves, strict=True), 1):
         lines.append(f"V:{number}" + (f" octave={octave}" if octave else ""))
         if program:  # without it players take 0, the piano
             lines.append(f"%%MIDI program {program}")
         if drum:
             lines += ["%%MIDI channel 10", f"K:{KEYS[DRUM_KEY]}"]
-        if units[number - 1] != unit:
-            lines.append(f"L:1/{units[number - 1]}")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def score_to_abc(score, notes, voices, cfg):
@@ -1331,39 +1294,37 @@ def score_to_abc(score, notes, voices, cfg):
     if len(notes.pitch) < cfg.MIN_NOTES:
         raise Rejected("no_notes" if not len(notes.pitch) else "too_few_notes", f"{len(notes.pitch)}")
     length = float((notes.onset + notes.duration).max())
-    if length > 20_000:
+    if length > MAX_BEATS:
         raise Rejected("too_long", f"{length:.0f} beats")
     per_beat = np.bincount(notes.onset.astype(int))
     if np.mean(per_beat[per_beat > 0]) > 60:  # "black MIDI"
         raise Rejected("too_dense")
     notes = merge_duplicates(notes)
-    if len(notes.pitch) > cfg.MAX_ABC_CHARS:  # a note takes more than a character
-        raise Rejected("too_many_chars", f"{len(notes.pitch)} notes")
-    bars, metres = bar_lines(score, int((length + 1) * BEAT))
+    metres = [(sign.time / score.tpq, sign.numerator, sign.denominator) for sign in score.time_signatures]
+    bars, metres = bar_lines(metres, int((length + 1) * BEAT))
     step, swing = choose_grid(notes.onset, notes.voice * 128 + notes.pitch)
-    triplet = triplet_beats(notes, bars[-1] // BEAT + 2, step) if swing else None
-    if swing:
-        triplet[:, bars[bars % BEAT != 0] // BEAT] = False  # a bar line inside
+    triplet = triplet_beats(notes, bars, step) & swing
     voice, pitch, start, end = grid_notes(notes, bars, step, triplet)
-    tempos, seconds = bar_tempos(score, bars)
-    drums = np.array([drum for _, drum in voices])
-    sharps, key = choose_key(pitch[~drums[voice]])
-    octaves = choose_octaves(voice, pitch, len(voices))
+    _, end = make_layers((voice, pitch, start, end), np.full(len(voices), LAYERS))
+    drums = np.array([drum for _, drum in voices])[notes.voice]
+    key = choose_key(notes.pitch[~drums])
+    octaves = choose_octaves(notes.voice, notes.pitch, len(voices))
+    keys = [DRUM_KEY if drum else key for _, drum in voices]
+    unit, cells = write_cells((voice, pitch, start, end), bars, triplet, keys, octaves)
+    tempos = [(tempo.time / score.tpq, 6e7 / max(1, tempo.mspq)) for tempo in score.tempos]
+    n_bars = cells[-1][0] + 1
+    tempos, seconds = bar_tempos(tempos, bars[:n_bars + 1])
     fields = header_fields(metres, tempos)
-    header = fields.pop(0)
-    keys = np.where(drums, DRUM_KEY, sharps).tolist()
-    unit, units, body = write_body((voice, pitch, start, end), bars, keys, octaves, triplet, fields)
-    abc = write_header(voices, octaves, unit, units, key, header) + body
+    abc = write_header(voices, octaves, unit, key, fields.pop(0)) + write_body(cells, fields, len(voices))
     if len(abc) > cfg.MAX_ABC_CHARS:
         raise Rejected("too_many_chars", f"{len(abc)}")
-    return {"abc": abc, "n_bars": len(bars) - 1, "seconds": float(seconds)}
+    return {"abc": abc, "n_bars": n_bars, "seconds": float(seconds)}
 
 
 def midi_to_abc(source, cfg):
     """Bytes or path of a MIDI file -> ABC text, the same on every machine. Raises Rejected, nothing else."""
     score = read_score(source)
-    notes, voices = score_notes(score)
-    return score_to_abc(score, notes, voices, cfg)["abc"]
+    return score_to_abc(score, *score_notes(score), cfg)["abc"]
 
 
 # --- reading ABC back
@@ -1372,6 +1333,7 @@ TOKEN = re.compile(r"(\[[^]]*\]?|[_^=]{0,2}[A-Ga-g][,']*|[zx])(\d*/*\d*)(-?)"  #
                    r"|\((\d)(?::(\d*))?(?::(\d*))?|(\S)")  # (p:q:r, anything else
 NOTE = re.compile(r"([_^=]{0,2})([A-Ga-g])([,']*)(\d*/*\d*)(-?)")
 FIELD = re.compile(r"\[([A-Za-z]):([^]]*)\]")
+MISSED = re.compile(r"\s*Z(\d*)\s*")
 # what other people's ABC has besides notes: chord names, decorations, grace notes, endings, repeats, comments
 ORNAMENT = re.compile(r"\"[^\"]*\"|![^!]*!|\{[^}]*\}|\[\d|(?<=\|)\d|:+(?=\|)|(?<=\|):+|[~.`\\]|%.*")
 MODES = {"m": -3, "min": -3, "aeo": -3, "dor": -2, "mix": -1, "lyd": 1, "phr": -4, "loc": -5}
@@ -1387,10 +1349,8 @@ def whole(text, default=1, most=9999):
 def length_value(text):
     """'3/2', '/', '//' ... -> multiple of the unit length."""
     num, slash, den = text.partition("/")
-    if not slash:
-        return float(whole(num))
     digits = den.lstrip("/")
-    return whole(num) / (max(1, whole(digits)) if digits else 2 ** min(len(den) + 1, 8))
+    return whole(num) / (max(1, whole(digits)) if digits else 2 ** min(len(slash + den), 8))
 
 
 @functools.lru_cache(maxsize=8192)
@@ -1417,64 +1377,17 @@ def key_sharps(text):
     return min(7, max(-7, sharps))
 
 
-def read_field(state, letter, value, report):
-    """Apply one information field to the reader's state."""
-    fraction = re.match(r"\s*(\d+)/(\d+)\s*(?:=\s*(\d+))?", value)
-    num, den, per_minute = (whole(x, 0) for x in fraction.groups()) if fraction else (0, 0, 0)
-    if letter == "L" and num and den:
-        (current_voice(state) if state["key"] else state)["unit"] = 4 * num / den
-    elif letter == "M":
-        num, den = (num, den) if fraction else (2, 2) if "C|" in value else (4, 4)
-        if 0 < num <= 64 and den in (1, 2, 4, 8, 16, 32, 64):
-            state["metre"] = 4 * num / den
-            state["metres"].append((state["clock"], num, den))
-        else:
-            report("bad_field")
-    elif letter == "Q":
-        qpm = 4 * num / den * per_minute if num and den and per_minute else whole(value.strip(), 120)
-        state["tempos"].append((state["clock"], min(max(qpm, 4), 6000)))
-    elif letter == "K":
-        sharps = key_sharps(value)
-        for voice in state["voices"].values() if not state["key"] else [current_voice(state)]:
-            voice["sharps"] = sharps
-        state["key"] = state["key"] or value.strip()
-    elif letter == "V":
-        state["now"] = (value.split() or ["1"])[0]
-        octave = re.search(r"octave=(-?\d)", value)
-        current_voice(state)["octave"] = int(octave[1]) if octave else current_voice(state)["octave"]
-
-
-def current_voice(state):
-    """The voice that the last V: field named; made when it is new."""
-    voices = state["voices"]
-    if state["now"] not in voices:
-        voices[state["now"]] = {"index": len(voices), "program": 0, "drum": False, "octave": 0, "clock": 0.0,
-                                "bars": 0, "sharps": key_sharps(state["key"]), "unit": state["unit"]}
-    return voices[state["now"]]
-
-
-def read_directive(state, line):
-    """%%MIDI program n, %%MIDI channel 10."""
-    words = line.split()
-    if len(words) > 2 and words[1] == "program":
-        current_voice(state)["program"] = whole(words[-1], 0, 127)
-    elif words[1:3] == ["channel", "10"]:
-        current_voice(state)["drum"] = True
-
-
 @functools.lru_cache(maxsize=4096)  # music repeats itself: many bars of a song have been read before
 def read_layer(music, unit, sharps, octave):
     """One layer of one bar -> ([(position, length, pitch, tied)], its length in beats, slugs of problems)."""
     notes, problems, position, left, factor = [], [], 0.0, 0, 1.0
     for text, length, tie, p, q, r, _ in TOKEN.findall(music):
         if text:
-            beats = unit * length_value(length) if length else unit
+            pitches, ties, inner = chord_value(text, sharps, octave)
+            beats = unit * length_value(length) * inner
             if left:
                 left, beats = left - 1, beats * factor
-            pitches, ties, inner = chord_value(text, sharps, octave)
-            beats *= inner
-            for pitch, tied in zip(pitches, ties, strict=True):
-                notes.append((position, beats, pitch, tied or tie == "-"))
+            notes += [(position, beats, pitch, tied or tie == "-") for pitch, tied in zip(pitches, ties, strict=True)]
             position += beats
             if text[0] == "[" and text[-1] != "]":
                 problems.append("open_bracket")
@@ -1487,300 +1400,247 @@ def read_layer(music, unit, sharps, octave):
     return notes, position, problems
 
 
-def read_bar(state, bar, start, report):
-    """Add a bar of the current voice, from beat `start` on, to state["rows"]; returns its length in beats."""
-    voice, longest = current_voice(state), 0.0
-    full = state["metre"] if state["tagged"] else 1e9  # what hangs over the bar line is cut off there
-    index, line = voice["index"], state["line"]
-    for layer in bar.split("&"):
-        notes, length, problems = read_layer(layer, voice["unit"], voice["sharps"], voice["octave"])
-        state["rows"] += [(index, start + position, min(beats, full - position), pitch, tied, line)
-                          for position, beats, pitch, tied in notes if position < full - 1e-6]
-        longest = max(longest, length)
-        for slug in [*problems, *["bar_length"] * (abs(length - state["metre"]) > 1e-6)]:
-            report(slug)
-    return longest
+class Reader:
+    """Reads ABC line by line; what it can't read it skips and lists in `problems`.
 
-
-def read_music(state, music, report):
-    """The bars of the current voice in one line; returns how many bars of the line they fill.
-
-    With inline voices a line is one bar, or n bars of silence as Zn, and a bar line too early is ignored.
-    In other tunes bars follow each other, whatever their length.
+    There are two layouts. Inline: each line is a bar of several voices, as midi_to_abc writes it. Otherwise bars of
+    any length follow each other in each voice.
     """
-    voice, full, tagged = current_voice(state), state["metre"], state["tagged"]
-    bars = (music if tagged else ORNAMENT.sub("", music)).split("|")
-    if not bars[-1].strip():
-        bars.pop()
-    elif tagged:
-        report("no_bar_line")
-    count, filled, missed = 0, 0.0, 0
-    for i, bar in enumerate(bars):
-        silent = re.fullmatch(r"\s*Z(\d*)\s*", bar)
-        if silent and tagged and not i and len(bars) > 1:  # Zn before music: the bars this voice has missed
-            missed = whole(silent[1])
-        elif silent:
-            count += whole(silent[1])
-            voice["clock"] += full * whole(silent[1])
-        else:
-            length = read_bar(state, bar, state["clock"] + filled if tagged else voice["clock"], report)
-            voice["clock"] += length
-            filled = filled + length if filled + length < full - 1e-6 else 0.0
-            count = 1 if tagged else count + 1
-    if tagged and voice["bars"] + missed != state["bars"]:
-        report("silent_bars")
-    voice["bars"] = count + (max(state["bars"], voice["bars"]) if tagged else voice["bars"])
-    return count
+
+    def __init__(self, text):
+        self.inline = "[V:" in text
+        self.unit, self.metre, self.sharps, self.key = 0.5, 4.0, 0, ""
+        self.name, self.voices = "1", {}
+        self.bar, self.clock, self.played = 0, 0.0, set()  # inline: of the line's bar, the voices that had their turn
+        self.number, self.rows, self.tempos, self.metres, self.problems = 0, [], [], [], []
+
+    @property
+    def voice(self):
+        """The current voice, made when it is new."""
+        return self.voices.setdefault(self.name, SimpleNamespace(
+            index=len(self.voices), program=0, drum=False, octave=0, sharps=self.sharps, bars=0, clock=0.0))
+
+    def report(self, slug):
+        self.problems.append((self.number, slug))
+
+    def read_field(self, letter, value):
+        """An information field. Those before K: are for all voices, later ones for the current one."""
+        fraction = re.match(r"\s*(\d+)/(\d+)\s*(?:=\s*(\d+))?", value)
+        num, den, per_minute = (whole(x, 0) for x in fraction.groups()) if fraction else (0, 0, 0)
+        clock = self.clock if self.inline or not self.key else self.voice.clock
+        if letter == "L" and num and den:
+            self.unit = 4 * num / den
+        elif letter == "M":
+            num, den = (num, den) if fraction else (2, 2) if "C|" in value else (4, 4)
+            if is_metre(num, den):
+                self.metre = 4 * num / den
+                self.metres.append((clock, num, den))
+            else:
+                self.report("bad_field")
+        elif letter == "Q":
+            qpm = 4 * num / den * per_minute if num and den and per_minute else whole(value.strip(), 120)
+            self.tempos.append((clock, min(max(qpm, 4), 6000)))
+        elif letter == "K" and self.key:
+            self.voice.sharps = key_sharps(value)
+        elif letter == "K":
+            self.key, self.sharps = value.strip() or "C", key_sharps(value)
+            for voice in self.voices.values():
+                voice.sharps = self.sharps
+        elif letter == "V":
+            self.name = (value.split() or ["1"])[0]
+            octave = re.search(r"octave=(-?\d)", value)
+            self.voice.octave = int(octave[1]) if octave else self.voice.octave
+
+    def read_line(self, line):
+        words = line.split()
+        if words[:2] == ["%%MIDI", "program"]:
+            self.voice.program = whole(words[-1], 0, 127)
+        elif words[:3] == ["%%MIDI", "channel", "10"]:
+            self.voice.drum = True
+        elif line[1:2] == ":" and line[0].isalpha() and not (self.inline and "|" in line):
+            self.read_field(line[0], line[2:])
+        elif words and line[0] != "%":
+            self.read_music(line)
+
+    def read_music(self, line):
+        """A line of music. Inline, it is the next bar, unless more voices say that they are one before or behind.
+
+        That puts right a line break that was lost or added.
+        """
+        before, *rest = FIELD.split(line)
+        segments = list(zip(rest[::3], rest[1::3], rest[2::3], strict=True))
+        if self.inline:
+            due = [self.voices[name].bars for letter, name, music in segments
+                   if letter == "V" and name in self.voices and not MISSED.match(music)]
+            votes = Counter([*(bar for bar in due if abs(bar - self.bar) <= 1), self.bar])
+            self.next_bar(votes.most_common(1)[0][0] - self.bar)
+        if before.strip():
+            self.read_bars(before)
+        for letter, value, music in segments:
+            self.read_field(letter, value)
+            if music.strip():
+                self.read_bars(music)
+        if self.inline:
+            self.next_bar()
+
+    def next_bar(self, bars=1):
+        self.bar, self.clock, self.played = self.bar + bars, self.clock + bars * self.metre, set()
+
+    def read_bars(self, music):
+        """The bars of the current voice in a line. Inline it is one: a bar line too early is ignored."""
+        voice = self.voice
+        bars = (music if self.inline else ORNAMENT.sub("", music)).split("|")
+        if self.inline:
+            if voice.index in self.played:  # a line break was lost
+                self.next_bar()
+            self.played.add(voice.index)
+            voice.clock = self.clock
+        if not bars[-1].strip():
+            bars.pop()
+        elif self.inline:
+            self.report("no_bar_line")
+        for bar in bars:
+            if missed := MISSED.fullmatch(bar):
+                voice.bars += whole(missed[1])
+                voice.clock += 0 if self.inline else self.metre * whole(missed[1])
+            else:
+                self.read_bar(voice, bar)
+                voice.bars += not self.inline
+        if self.inline:
+            if voice.bars != self.bar:
+                self.report("silent_bars")
+            voice.bars = self.bar + 1
+
+    def read_bar(self, voice, bar):
+        """A bar or, inline, a part of one: what hangs over is cut off, and what follows starts again."""
+        longest, left = 0.0, self.clock + self.metre - voice.clock if self.inline else MAX_BEATS
+        for layer in bar.split("&"):
+            notes, length, problems = read_layer(layer, self.unit, voice.sharps, voice.octave)
+            self.rows += [(voice.index, voice.clock + position, min(beats, left - position), pitch, tied, self.number)
+                          for position, beats, pitch, tied in notes if position < left - 1e-6]
+            longest = max(longest, length)
+            for slug in [*problems, *["bar_length"] * (abs(length - self.metre) > 1e-6)]:
+                self.report(slug)
+        voice.clock = voice.clock + longest if longest < left - 1e-6 else self.clock
 
 
-def merge_ties(rows, report):
-    """Rows (voice, onset, duration, pitch, tied, line) -> Notes by voice, onset, pitch, ties merged."""
+def merge_ties(rows):
+    """Rows (voice, onset, duration, pitch, tied, line) -> Notes by voice, onset, pitch; lines with a tie to nothing."""
     table = np.array(rows, float).reshape(-1, 6)
-    key = table[:, 0] * 128 + table[:, 3]
-    table = table[np.lexsort((table[:, 1], key))]
+    table = table[table[:, 1] < MAX_BEATS]
+    table = table[np.lexsort((table[:, 1], table[:, 0] * 128 + table[:, 3]))]
     voice, onset, duration, pitch, tied, line = table.T
-    end = onset + duration
+    end = np.minimum(onset + duration, MAX_BEATS)
     joined = (np.diff(voice * 128 + pitch) == 0) & (np.abs(onset[1:] - end[:-1]) < 1e-4) & (tied[:-1] > 0)
     first = np.flatnonzero(np.append(True, ~joined)[:len(onset)])
-    for number in line[(tied > 0) & ~np.append(joined, False)[:len(onset)]].astype(int).tolist():
-        report("open_tie", number)
+    open_ties = line[(tied > 0) & ~np.append(joined, False)[:len(onset)]].astype(int).tolist()
     end = np.maximum.reduceat(end, first) if len(first) else end
     notes = Notes(voice[first].astype(int), onset[first], end - onset[first], pitch[first].astype(int))
-    return Notes(*(a[np.lexsort((notes.pitch, notes.onset, notes.voice))] for a in notes))
+    return Notes(*(column[np.lexsort((notes.pitch, notes.onset, notes.voice))] for column in notes)), open_ties
 
 
 def read_abc(text):
     """ABC text -> Tune. Never raises: what cannot be read is skipped and listed in `problems`."""
-    problems, tagged = [], "[V:" in text
-    state = {"unit": 0.5, "metre": 4.0, "clock": 0.0, "bars": 0, "key": "", "now": "1", "line": 0,
-             "voices": {}, "rows": [], "tempos": [], "metres": [], "tagged": tagged}
-
-    def report(slug, line=None):
-        problems.append((state["line"] if line is None else line, slug))
-
-    if tagged:  # a line broken inside a bar goes on
+    reader = Reader(text)
+    if reader.inline:  # a line broken inside a bar goes on
         text = re.sub(r"(\[V:[^\n]*[^|\s])\n(?!\[|[A-Za-z]:|%)", r"\1", text)
-    for state["line"], line in enumerate(text.splitlines(), 1):
-        if line.startswith("%%MIDI"):
-            read_directive(state, line)
-        elif line[1:2] == ":" and line[0].isalpha() and not (tagged and "|" in line):
-            read_field(state, line[0], line[2:], report)
-        elif line.strip() and line[0] != "%":
-            read_line(state, line, report)
-    if not state["key"]:
-        report("no_header", 0)
-    voices = [(v["program"], v["drum"]) for v in state["voices"].values()]
-    notes = merge_ties(state["rows"], report)
-    return Tune(notes, voices, state["key"], state["tempos"], state["metres"], state["bars"], problems)
-
-
-def expected_bar(state, parts):
-    """The bar that a line of inline voices is: the next one, unless all its voices have just played another.
-
-    That puts right a line break that was lost or added. Voices that re-enter (Zn) or stand alone have no say.
-    """
-    names = [name for letter, name, music in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
-             if letter == "V" and name in state["voices"] and music[:1] != "Z"]
-    bars = {state["voices"][name]["bars"] for name in names}
-    agreed = len(names) > 1 and len(bars) == 1 and abs(min(bars) - state["bars"]) == 1
-    return min(bars) if agreed else state["bars"]
-
-
-def read_line(state, line, report):
-    """One line of music. In a tune with inline voices the clock then moves past its bar."""
-    parts, counts = FIELD.split(line), [0]
-    if state["tagged"]:
-        bar = expected_bar(state, parts)
-        state["clock"] += (bar - state["bars"]) * state["metre"]
-        state["bars"] = bar
-    for i in range(0, len(parts), 3):
-        if parts[i].strip():
-            counts.append(read_music(state, parts[i], report))
-        if i + 1 < len(parts):
-            read_field(state, parts[i + 1], parts[i + 2], report)
-    if state["tagged"]:
-        state["clock"] += max(counts) * state["metre"]
-        state["bars"] += max(counts)
-    else:
-        voice = current_voice(state)
-        state["clock"], state["bars"] = voice["clock"], max(state["bars"], voice["bars"])
+    for reader.number, line in enumerate(text.splitlines(), 1):
+        reader.read_line(line)
+    notes, open_ties = merge_ties(reader.rows)
+    problems = reader.problems + [(line, "open_tie") for line in open_ties] + [(0, "no_header")] * (not reader.key)
+    voices = [(voice.program, voice.drum) for voice in reader.voices.values()]
+    n_bars = max([voice.bars for voice in reader.voices.values()], default=0)
+    return Tune(notes, voices, reader.key, reader.tempos, reader.metres, n_bars, problems)
 
 
 def abc_to_midi(text):
     """ABC text -> bytes of a Standard MIDI File, one track per voice. Never raises on any string."""
     tune, score = read_abc(text), symusic.Score(480)
-    notes = Notes(*(column[tune.notes.onset < 1e6] for column in tune.notes))  # MIDI counts ticks in 32 bits
-    start = np.rint(notes.onset * 480).astype(np.int32)
-    length = np.maximum(np.rint((notes.onset + notes.duration) * 480).astype(np.int32) - start, 1)
+    start = np.rint(tune.notes.onset * 480).astype(np.int32)
+    length = np.maximum(np.rint((tune.notes.onset + tune.notes.duration) * 480).astype(np.int32) - start, 1)
     velocity = np.full(len(start), 90, np.int8)
     for index, (program, drum) in enumerate(tune.voices):
-        mine = notes.voice == index
+        mine = tune.notes.voice == index
         if mine.any():
             track = symusic.Track(program=program, is_drum=drum, name="")
-            columns = start, length, notes.pitch.astype(np.int8), velocity
+            columns = start, length, tune.notes.pitch.astype(np.int8), velocity
             track.notes = symusic.Note.from_numpy(*(column[mine] for column in columns))
             score.tracks.append(track)
     for beat, qpm in tune.tempos or [(0, 120)]:
-        score.tempos.append(symusic.Tempo(round(min(beat, 1e6) * 480), qpm=float(qpm)))
+        score.tempos.append(symusic.Tempo(round(min(beat, MAX_BEATS) * 480), qpm=float(qpm)))
     for beat, num, den in tune.metres or [(0, 4, 4)]:
-        score.time_signatures.append(symusic.TimeSignature(round(min(beat, 1e6) * 480), num, den))
+        score.time_signatures.append(symusic.TimeSignature(round(min(beat, MAX_BEATS) * 480), num, den))
     return score.dumps_midi()
 
 
 # --- strict export
 
-def strict_ticks(beats):
-    """Beats -> ticks on the 1/16 or the 1/6 grid, whichever is nearer; a sampled text may have others."""
-    fine, third = np.rint(beats * 16).astype(int) * 3, np.rint(beats * 6).astype(int) * 8
-    return np.where(np.abs(fine / BEAT - beats) <= np.abs(third / BEAT - beats) + 1e-6, fine, third)
-
-
-def strict_bars(tune):
-    """Bar starts in ticks that cover the tune, and {bar: '[M:3/4]'}."""
-    notes = tune.notes
-    end = float((notes.onset + notes.duration).max()) if len(notes.onset) else 0.0
-    metres = [(round(beat * 8) * 6, num, den) for beat, num, den in tune.metres if beat < end]
-    bars, fields, stop = [], {}, int(end * BEAT) + 1
-    for (start, num, den), (until, *_) in itertools.pairwise([*(metres or [(0, 4, 4)]), (stop,)]):
-        if until > start:
-            length = max(3, 4 * BEAT * num // den)
-            fields[len(bars)] = f"[M:{num}/{den}]"
-            bars += range(start, until, length)
-    return [*bars, bars[-1] + length], fields
-
-
-def strict_layers(start, end, pitch, bars, effort):
-    """Notes of one voice, in ticks -> layers [[(start, end, pitches)]] without overlaps.
-
-    Readers differ on tied chords: one across a bar line becomes single notes with effort 2, ends there with
-    effort 1; effort 0 makes one layer of everything, each chord lasting to the next at most.
-    """
-    chords = {}
-    for s, e, p in zip(start, end, pitch, strict=True):
-        chords.setdefault((s, e if effort else 0), []).append((e, p))
-    starts = [*sorted({s for s, _ in chords}), bars[-1]]
-    events = []
-    for (s, _), notes in chords.items():
-        e = max(e for e, _ in notes) if effort else min(starts[bisect(starts, s)], max(e for e, _ in notes))
-        pitches = sorted({p for _, p in notes})
-        crosses = e > bars[bisect(bars, s)]
-        events += [(s, e, [p]) for p in pitches] if crosses and effort == 2 else [(s, e, pitches)]
-    layers = []
-    for event in sorted(events):
-        for layer in layers:
-            if layer[-1][1] <= event[0]:
-                layer.append(event)
-                break
-        else:
-            layers.append([event])
-    return layers
-
-
-def strict_items(events, bars):
-    """One layer -> (items (start, end, pitches, tied) that fill it; which beats are triplets)."""
-    thirds = {t // BEAT for event in events for t in event[:2] if t % 3}
-    thirds -= {t // BEAT for t in bars if t % BEAT}
-    cuts = sorted({*bars, *(t * BEAT for t in thirds), *((t + 1) * BEAT for t in thirds)})
-    filled, now = [], 0
-    for s, e, pitches in [*events, (bars[-1], bars[-1], [])]:
-        s, e = (round(t / n) * n for t in (s, e) for n in [8 if t // BEAT in thirds else 3])
-        filled += [(now, s, [])] * (s > now) + [(s, e, pitches)] * (e > s)
-        now = max(now, e)
-    items = []
-    for s, e, pitches in filled:
-        edges = [s, *cuts[bisect(cuts, s):bisect_left(cuts, e)], e]
-        # 5/6 of a beat cannot be written as one note of a triplet
-        fives = [a + 32 for a, b in itertools.pairwise(edges) if b - a == 40 and a // BEAT in thirds]
-        for a, b in itertools.pairwise(sorted(edges + fives)):
-            sounding = pitches if a == s or len(pitches) == 1 else []  # a chord ends instead of being tied
-            items.append((a, b, sounding, len(sounding) == 1 and b < e))
-    return items, thirds
-
-
-def strict_name(pitches):
-    """Pitches -> 'z', '^c,' or '[=C=E]': an accidental on every note, so that key and memory play no part."""
-    names = [spelling(5, 0)[0][128 + p] for p in pitches]
-    return "[" + "".join(names) + "]" if len(names) > 1 else names[0] if names else "z"
-
-
-def strict_voice(events, bars, fields):
-    """One layer -> its bars as text, ten to a line."""
-    items, thirds = strict_items(events, bars)
-    texts, bar, beat = [], -1, -1
-    for i, (s, e, pitches, tied) in enumerate(items):
-        if s >= bars[bar + 1]:
-            bar += 1
-            texts.append(("|" if bar else "") + ("" if bar % 10 else "\n") + fields.get(bar, ""))
-        length = e - s
-        if s // BEAT in thirds:
-            length = length * 3 // 2
-            if s // BEAT != beat:
-                beat = s // BEAT
-                texts.append(f"(3:2:{sum(item[0] // BEAT == beat for item in items[i:i + 7])}")
-        texts.append(strict_name(pitches) + length_text(length, BEAT // 2) + "-" * tied)
-    return "".join(texts) + "|"
-
-
-def strict_blocks(tune, bars):
-    """Voices cut into at most 30 layers (abc2midi breaks on more) -> [((program, is_drum), its events)]."""
-    voice, start = tune.notes.voice, strict_ticks(tune.notes.onset)
-    end = np.maximum(strict_ticks(tune.notes.onset + tune.notes.duration), start + np.where(start % 3, 8, 3))
-    for effort in (2, 1, 0):
-        blocks = []
-        for index, sound in enumerate(tune.voices):
-            mine = voice == index
-            columns = (column[mine].tolist() for column in (start, end, tune.notes.pitch))
-            blocks += [(sound, layer) for layer in strict_layers(*columns, bars, effort)]
-        if len(blocks) <= 30:
-            return blocks
-    sounds = sorted(set(tune.voices), key=lambda sound: (not sound[1], sound))[:30]
-    voice = np.array([sounds.index(sound) if sound in sounds else 29 for sound in tune.voices])[voice]
-    return strict_blocks(tune._replace(notes=tune.notes._replace(voice=voice), voices=sounds), bars)
+MAX_VOICES = 30  # abc2midi breaks on more
 
 
 def strict_abc(text):
     """Any ABC text -> an export that abc2midi and music21 read alike: V: blocks, all accidentals written.
 
-    abc2midi knows only lengths over powers of two; music21 no inline voices, &, Z, octave=, ties of chords.
-    What exceeds 30 voices loses length, not notes: chords end at bar lines, then at the next onset; then
-    voices of one sound are joined.
+    abc2midi does not know lengths over anything but powers of two, more than 30 voices, 15 automatic channels or
+    about 50,000 notes in a voice; it takes a chord's length from its first note, starts the others late without
+    `chordattack 0`, and reads Q: in the first voice only. music21 does not know inline [V:], [K:] and [L:], Z, x,
+    &, octave=, %%MIDI; it strikes tied chords again and raises on an open [ and on 5/6 beat in a triplet.
+    Beyond 30 layers in all, chords of the voices with most of them are cut at the start of the next.
     """
     tune = read_abc(text)
-    bars, metres = strict_bars(tune)
-    first = dict(metres)
-    for beat, qpm in tune.tempos:
-        bar = min(max(0, bisect(bars, round(beat * BEAT)) - 1), len(bars) - 2)
-        first[bar] = metres.get(bar, "") + f"[Q:1/4={max(1, round(qpm))}]"
-    head = re.findall(r"\[(.*?)\]", first[0])
-    lines = ["X:1", "L:1/8", *head, "%%MIDI chordattack 0", "K:C"]
+    notes, voices = merge_duplicates(tune.notes), tune.voices
+    if not len(notes.pitch):
+        return "X:1\nL:1/8\nM:4/4\nK:C\nz8|\n"
+    if len(voices) > MAX_VOICES:  # those of one sound are joined, drums first
+        sounds = sorted(set(voices), key=lambda sound: (not sound[1], sound))[:MAX_VOICES]
+        joined = np.array([sounds.index(sound) if sound in sounds else MAX_VOICES - 1 for sound in voices])
+        notes, voices = merge_duplicates(notes._replace(voice=joined[notes.voice])), sounds
+    bars, metres = bar_lines(tune.metres, int(((notes.onset + notes.duration).max() + 1) * BEAT))
+    triplet = triplet_beats(notes, bars, 3)
+    voice, pitch, start, end = grid_notes(notes, bars, 3, triplet)
+    crossing = np.bincount(cut_pieces(voice, start, end, bars, triplet)[0]) > 1  # ties on single notes only
+    most = np.full(len(voices), MAX_VOICES)
+    for _ in range(2):
+        layer, ends = make_layers((voice, pitch, start, end), most, crossing)
+        np.maximum.at(most := np.zeros(len(voices), int), voice, layer + 1)
+        while most.sum() > MAX_VOICES:
+            most[most.argmax()] -= 1
+    part = (np.cumsum(most) - most)[voice] + layer
+    triplet = np.repeat(triplet, most, axis=0)
+    unit, cells = write_cells((part, pitch, start, ends), bars, triplet, None, [0] * most.sum(), strict=True)
+    n_bars = cells[-1][0] + 1
+    fields = header_fields(metres, bar_tempos(tune.tempos, bars[:n_bars + 1])[0])
+    return write_strict(unit, cells, fields, [sound for sound, n in zip(voices, most, strict=True) for _ in range(n)])
+
+
+def write_strict(unit, cells, fields, sounds):
+    """Cells -> text with a V: block, a line per bar, for each part; `sounds`: (program, is_drum) of the parts."""
+    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields.pop(0)), "%%MIDI chordattack 0", "K:C"]
     channels = {}
-    blocks = strict_blocks(tune, bars) if len(tune.notes.pitch) else [((0, False), [])]
-    for number, ((program, drum), events) in enumerate(blocks, 1):
+    for part, (program, drum) in enumerate(sounds):
         free = min(len(channels) + 1, 15)  # the tenth is for drums
         channel = 10 if drum else channels.setdefault(program, free + (free > 9))
-        lines += [f"V:{number}", f"%%MIDI channel {channel}", f"%%MIDI program {program}", "K:C"]
-        lines[-1] += strict_voice(events, bars, first if number == 1 else metres)
+        lines += [f"V:{part + 1}", f"%%MIDI channel {channel}", f"%%MIDI program {program}", "K:C"]
+        lines += [fields.get(bar, "") + music + "|" for bar, _, music in cells[part::len(sounds)]]
+        if not part:  # abc2midi reads Q: in the first voice only, music21 in any
+            fields = {bar: re.sub(r"\[Q.*?]", "", text) for bar, text in fields.items()}
     return "\n".join(lines) + "\n"
 
 
-def abc2midi_notes(text, timeout=30):
+def abc2midi_notes(text):
     """(Notes, [(program, is_drum)]) that abc2midi, an independent reader, finds in a text's strict export.
 
-    The binary inside symusic may lack its run bit: a private copy is run. Raises SubprocessError, OSError.
+    Raises Skip, Rejected, UserError.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        binary = shutil.copy(next(Path(symusic.__file__).parent.glob("bin/abc2midi*")), folder)
-        os.chmod(binary, 0o700)
-        Path(folder, "tune.abc").write_text(strict_abc(text))
-        subprocess.run([binary, "tune.abc", "-o", "tune.mid", "-silent"], cwd=folder, timeout=timeout,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-        return score_notes(read_score(Path(folder, "tune.mid")))
+    with abc2midi_program() as program:
+        return score_notes(read_score(run_abc2midi(program, strict_abc(text).encode())))
 
 
 # --- scoring
 
+
 def note_f1(reference, candidate, onset_tolerance=1 / 8, durations=False):
-    """F1 of notes matched by pitch and onset (and length within 20 % or 1/8 beat), duplicates merged."""
+    """F1 of notes matched by pitch and onset (and length within 20 % or 1/8 beat), a voice's duplicates merged."""
     a, b = (sorted_notes(notes) for notes in (reference, candidate))
     if len(a) == len(b) and not durations and np.all(np.abs(a - b)[:, :2] <= [0, onset_tolerance + 1e-6]):
         return 1.0
