@@ -881,7 +881,7 @@ MARKS = {-2: "__", -1: "_", 0: "=", 1: "^", 2: "^^"}
 KEYS = ("Db", "Ab", "Eb", "Bb", "F", "C", "G", "D", "A", "E", "B", "F#")  # signatures -5 ... 6
 DRUM_KEY = 6  # G major in every drum voice: its one sharp is the closed hi-hat, the most frequent drum
 UNITS = (1, 2, 4, 8, 16, 32)  # denominators of L: and M:
-LAYERS = 4  # chords of a voice that may sound at once
+LAYERS = 6  # chords of a voice that may sound at once
 
 
 class Rejected(Exception):
@@ -981,13 +981,12 @@ def bar_tempos(changes, bars):
 
 
 def choose_grid(onset, key):
-    """Step in ticks for a file, and whether it has triplet beats; `onset` ascends within each `key`."""
+    """Step in ticks for a file, and whether it has triplets; `onset` ascends within each `key`."""
     same = key[1:] == key[:-1]
     merged = [np.count_nonzero(same & (np.diff(np.rint(onset * n)) == 0)) for n in (8, 16)]
-    step = 3 if merged[0] - merged[1] > 0.006 * len(onset) else 6
-    on8 = np.abs(onset * 8 - np.rint(onset * 8)) < 0.16  # within 1/50 beat of the grid
-    on6 = np.abs(onset * 6 - np.rint(onset * 6)) < 0.12
-    return step, np.mean(on8 | on6) > 0.9 and np.mean(on6 & ~on8) > 0.01
+    on8, on6 = (np.abs(onset - np.rint(onset * n) / n) < 1 / 200 for n in (8, 6))  # performed music is seldom on either
+    triplets = np.mean(on8 | on6) > 0.9 and 0.01 < np.mean(on6 & ~on8) < 0.7  # more of them: the beat is elsewhere
+    return 3 if merged[0] - merged[1] > 0.006 * len(onset) else 6, triplets
 
 
 def triplet_beats(notes, bars, step):
@@ -1008,60 +1007,57 @@ def quantise(beats, voice, step, triplet):
     return np.where(inside, np.rint(beats * 6).astype(int) * 8, ticks)
 
 
-def snap_ends(voice, start, end, duration, bars):
-    """Ends move to an onset of the voice, else a bar line, else a 1/4 beat: fewer rests, lengths and layers.
+def snap_ends(voice, start, end, duration):
+    """Ends move to the next or last onset in their voice: fewer rests, lengths and layers.
 
     Only as far as the length stays within 1/8 beat or 20 % of `duration`, the true one in ticks.
     """
-    slack = np.maximum(BEAT / 8, duration / 5) + 1e-6
-    span = bars[-1] + MAX_BEATS
+    span = int(end.max()) + MAX_BEATS  # keeps the voices apart
     onsets = np.append(np.unique(voice * span + start), 2**60)
     after = np.searchsorted(onsets, voice * span + end)
-    quarter, line = np.rint(end / 12).astype(int) * 12, bars[np.searchsorted(bars, end - BEAT // 8)]
-    for target in (quarter, line, onsets[after - 1] - voice * span, onsets[after] - voice * span):
-        fits = (np.abs(target - start - duration) <= slack) & (target > start)
+    for onset in (onsets[after - 1], onsets[after]):
+        target = onset - voice * span
+        fits = (np.abs(target - start - duration) <= np.maximum(BEAT / 8, duration / 5) + 1e-6) & (target > start)
         end = np.where(fits, target, end)
     return end
 
 
-def grid_notes(notes, bars, step, triplet):
-    """Notes by voice, pitch, onset -> (voice, pitch, start, end) in ticks, one note at a time per pitch."""
+def grid_notes(notes, step, triplet):
+    """Notes by voice, pitch, onset -> (voice, pitch, start, end) in ticks; a pitch of a voice sounds once at a time."""
     key = notes.voice * 128 + notes.pitch
     start = quantise(notes.onset, notes.voice, step, triplet)
-    if step == 3:  # a second stroke within one step of the fine grid moves to the next, still within 1/8 beat
-        again = np.append(False, (np.diff(key) == 0) & (np.diff(start) == 0))
-        start = start + step * (again & (start % step == 0))
+    if step == 3:  # a second stroke within one step moves to the next, still within 1/8 beat
+        start += step * np.append(False, (np.diff(key) == 0) & (np.diff(start) == 0) & (start[1:] % step == 0))
     end = np.maximum(quantise(notes.onset + notes.duration, notes.voice, step, triplet), start + step)
-    first = np.flatnonzero(np.append(True, (np.diff(key) != 0) | (np.diff(start) != 0)))  # one note per step
+    first = np.flatnonzero(np.append(True, (np.diff(key) != 0) | (np.diff(start) != 0)))  # one stroke per step
     end, duration = np.maximum.reduceat(end, first), np.maximum.reduceat(notes.duration, first) * BEAT
     voice, pitch, start, key = notes.voice[first], notes.pitch[first], start[first], key[first]
-    end = snap_ends(voice, start, end, duration, bars)
-    end = np.where(triplet[voice, (end - 1) // BEAT], -(-end // 8) * 8, end)  # the shortest may have left the 1/6 grid
-    struck = np.append(np.where(np.diff(key) == 0, start[1:], 2**60), 2**60)
-    return voice, pitch, start, np.minimum(end, struck)
+    end = snap_ends(voice, start, end, duration)
+    end = np.where(triplet[voice, (end - 1) // BEAT], -(-end // 8) * 8, end)  # a step may have left the 1/6 grid
+    again = np.append(np.where(np.diff(key) == 0, start[1:], 2**60), 2**60)
+    return voice, pitch, start, np.minimum(end, again)
 
 
-def make_layers(notes, most, alone=0):
+def layer_notes(notes, most, alone=0):
     """Notes (voice, pitch, start, end) in ticks -> (layer of each note within its voice, new ends), (N,) both.
 
-    Notes of a layer form chords of equal start and end, `alone` ones excepted, that do not overlap. There are at most
-    `most` (voices,) layers: of chords that start together those beyond end with the last one within.
+    Notes of equal start and end are a chord, `alone` ones excepted; the chords of a layer do not overlap. A voice has
+    at most `most` (voices,) layers: of chords that start together those beyond end with the last one within.
     """
     voice, pitch, start, end = notes
     span = int(end.max()) + 1
     keys, chord = np.unique(((voice * span + start) * span + end) * 128 + pitch * alone, return_inverse=True)
-    begin, end = keys // 128 // span, keys // 128 % span
-    rank = np.arange(len(keys)) - np.searchsorted(begin, begin)
-    keep = rank < most[begin // span]
-    layer, end = assign_layers(begin[keep] // span, begin[keep] % span, end[keep], most)
-    chord = (np.cumsum(keep) - 1)[chord]
+    start, end = keys // 128 // span, keys // 128 % span
+    keep = np.arange(len(keys)) - np.searchsorted(start, start) < most[start // span]
+    layer, end = assign_layers(start[keep] // span, start[keep] % span, end[keep], most)
+    chord = np.cumsum(keep)[chord] - 1
     return layer[chord], end[chord]
 
 
 def assign_layers(group, start, end, most):
-    """Events by group and start -> (layer of each, ends): events of one group that overlap get different layers.
+    """Events by group, start, end -> (layer of each, ends): events of a group that overlap get different layers.
 
-    Where all `most` (groups,) layers of a group sound, the event that would end first ends early.
+    Where all `most` (groups,) layers sound, what would end first is cut.
     """
     layer, ends, starts = np.zeros(len(group), int), end.tolist(), start.tolist()
     crowded = np.unique(group[1:][(group[1:] == group[:-1]) & (start[1:] < end[:-1])])
@@ -1098,19 +1094,18 @@ def spelling(key, octave):
     """All pitches in a key: (128 names, then 128 with explicit marks; letters; which are foreign to it)."""
     sharps = key - 5
     low = min(max(sharps - 3, -8), 1)  # the twelve names in a row on the line of fifths, F flat to B sharp
-    names, marked, letters, foreign = [], [], [], []
+    fifths = {7 * fifth % 12: fifth for fifth in range(low, low + 12)}
+    names, marked, foreign = [], [], []
     for pitch in range(128):
-        fifth = next(f for f in range(low, low + 12) if 7 * f % 12 == pitch % 12)
-        alter = (fifth + 1) // 7
-        letter = 4 * fifth % 7
+        fifth = fifths[pitch % 12]
+        alter, letter = (fifth + 1) // 7, LETTERS[4 * fifth % 7]
         height = (pitch - alter) // 12 - 5 - octave  # 0 = the octave of middle C
-        name = LETTERS[letter].lower() + "'" * (height - 1) if height > 0 else LETTERS[letter] + "," * -height
-        away = not sharps - 1 <= fifth <= sharps + 5
-        names.append(MARKS[alter] + name if away else name)
+        name = letter.lower() + "'" * (height - 1) if height > 0 else letter + "," * -height
+        foreign.append(not sharps - 1 <= fifth <= sharps + 5)
         marked.append(MARKS[alter] + name)
-        letters.append(letter)
-        foreign.append(away)
-    return names + marked, np.array(letters), np.array(foreign)
+        names.append(marked[-1] if foreign[-1] else name)
+    letters = np.array([4 * fifths[pitch % 12] % 7 for pitch in range(128)])
+    return names + marked, letters, np.array(foreign)
 
 
 def name_notes(voice, pitch, group, keys, octaves):
@@ -1124,13 +1119,6 @@ def name_notes(voice, pitch, group, keys, octaves):
     altered = np.bincount(slot, away) > 0
     marked = (altered[slot] | (keys is None)) & ~away
     return [tables[v][0][p] for v, p in zip(voice.tolist(), (pitch + 128 * marked).tolist(), strict=True)]
-
-
-def chord_text(names, tied):
-    """'c', '[ceg]', or '[ce-g]' where only some are tied to the next bar."""
-    if len(names) == 1:
-        return names[0]
-    return "[" + "".join(name + "-" * (tie and not all(tied)) for name, tie in zip(names, tied, strict=True)) + "]"
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1186,14 +1174,15 @@ def write_tuplets(line, start, end):
     return np.where(inside, (end - start) * 3 // 2, end - start), dict(zip(first.tolist(), prefixes, strict=True))
 
 
-def write_chords(notes, bars, triplet, keys, octaves, strict):
+def write_chords(notes, bars, triplet, keys, octaves):
     """Notes (voice, pitch, start, end) in ticks -> (text, tied, group, start, end) of the chords that bars are made of.
 
-    Groups number the bars of all voices: bar * voices + voice.
+    Groups number the bars of all voices: bar * voices + voice. With keys None, the strict export, no chord is tied:
+    it ends there.
     """
-    voice, pitch, _, end = notes
+    voice, pitch, start, end = notes
     span = int(np.diff(bars).max()) + 1
-    index, low, high = cut_pieces(*(notes[k] for k in (0, 2, 3)), bars, triplet)
+    index, low, high = cut_pieces(voice, start, end, bars, triplet)
     bar = np.searchsorted(bars, low, "right") - 1
     group = bar * len(octaves) + voice[index]
     slot = (group * span + low - bars[bar]) * span + high - bars[bar]
@@ -1201,29 +1190,29 @@ def write_chords(notes, bars, triplet, keys, octaves, strict):
     slot, index, group, low, high = (column[order] for column in (slot, index, group, low, high))
     heads = np.flatnonzero(np.append(True, np.diff(slot) != 0))  # equal start and end: a chord
     size = np.diff(np.append(heads, len(slot)))
-    tied, whole = end[index] > high, np.ones(len(heads), bool)
-    if strict:
+    tied, keep = end[index] > high, np.ones(len(heads), bool)
+    if keys is None:
         tied &= np.repeat(size == 1, size)
-        whole = (size == 1) | (low == notes[2][index])[heads]
-    names, ties = name_notes(voice[index], pitch[index], group, keys, octaves), tied.tolist()
-    texts = [chord_text(names[i:i + n], ties[i:i + n])
-             for i, n in zip(heads[whole].tolist(), size[whole].tolist(), strict=True)]
-    tied = np.minimum.reduceat(tied, heads)
-    return texts, *(column[whole] for column in (tied, group[heads], low[heads], high[heads]))
+        keep = (size == 1) | (low == start[index])[heads]
+    names, all_tied = name_notes(voice[index], pitch[index], group, keys, octaves), np.minimum.reduceat(tied, heads)
+    for i in np.flatnonzero(tied & ~np.repeat(all_tied, size)).tolist():
+        names[i] += "-"  # within the chord
+    texts = [names[i] if n == 1 else f"[{''.join(names[i:i + n])}]"
+             for i, n in zip(heads[keep].tolist(), size[keep].tolist(), strict=True)]
+    return texts, *(column[keep] for column in (all_tied, group[heads], low[heads], high[heads]))
 
 
-def write_cells(notes, bars, triplet, keys, octaves, strict=False):
+def write_cells(notes, bars, triplet, keys, octaves):
     """Notes (voice, pitch, start, end) in ticks -> (n of L:1/n, [(bar, voice, text)] in order).
 
-    A cell is the music of a voice in one bar: layer&layer. The strict export has cells for all voices and bars, and
-    no ties of chords: these end where they would be tied.
+    A cell is the music of a voice in one bar: layer&layer. With keys None, the strict export, no cell is left out.
     """
     n_voices = len(octaves)
-    texts, tied, group, start, end = write_chords(notes, bars, triplet, keys, octaves, strict)
+    texts, tied, group, start, end = write_chords(notes, bars, triplet, keys, octaves)
     n_bars = int(group.max()) // n_voices + 1
     line = group * LAYERS + assign_layers(group, start, end, np.full(n_bars * n_voices, LAYERS))[0]
     silent = np.setdiff1d(np.arange(n_bars), group // n_voices) * n_voices  # there the first voice rests
-    lines = np.union1d(line, LAYERS * (np.arange(n_bars * n_voices) if strict else silent))
+    lines = np.union1d(line, LAYERS * (np.arange(n_bars * n_voices) if keys is None else silent))
     bar = lines // (n_voices * LAYERS)
     rest, low, high = fill_rests(line, start, end, lines, bars[bar], bars[bar + 1])
     piece, low, high = cut_pieces(rest // LAYERS % n_voices, low, high, bars, triplet)
@@ -1269,14 +1258,6 @@ def header_fields(metres, tempos):
     return fields
 
 
-def choose_octaves(voice, pitch, n_voices):
-    """Octave shift of each voice that needs the fewest commas and apostrophes."""
-    height = np.arange(11)[:, None] - 5 - np.arange(-4, 5)  # (octave of the note, shift)
-    cost = np.where(height <= 0, -height, height - 1)
-    count = np.bincount(voice * 11 + pitch // 12, minlength=n_voices * 11).reshape(n_voices, 11)
-    return (np.argmin(count @ cost * 10 + np.abs(np.arange(-4, 5)), axis=1) - 4).tolist()
-
-
 def write_header(voices, octaves, unit, key, fields):
     """Everything above the first bar. What differs between voices stands below their V: fields."""
     lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields), f"K:{KEYS[key]}"]
@@ -1304,11 +1285,11 @@ def score_to_abc(score, notes, voices, cfg):
     bars, metres = bar_lines(metres, int((length + 1) * BEAT))
     step, swing = choose_grid(notes.onset, notes.voice * 128 + notes.pitch)
     triplet = triplet_beats(notes, bars, step) & swing
-    voice, pitch, start, end = grid_notes(notes, bars, step, triplet)
-    _, end = make_layers((voice, pitch, start, end), np.full(len(voices), LAYERS))
+    voice, pitch, start, end = grid_notes(notes, step, triplet)
+    _, end = layer_notes((voice, pitch, start, end), np.full(len(voices), LAYERS))
     drums = np.array([drum for _, drum in voices])[notes.voice]
     key = choose_key(notes.pitch[~drums])
-    octaves = choose_octaves(notes.voice, notes.pitch, len(voices))
+    octaves = np.rint((np.bincount(voice, pitch) / np.bincount(voice) - 71.5) / 12).astype(int).tolist()  # C ... b
     keys = [DRUM_KEY if drum else key for _, drum in voices]
     unit, cells = write_cells((voice, pitch, start, end), bars, triplet, keys, octaves)
     tempos = [(tempo.time / score.tpq, 6e7 / max(1, tempo.mspq)) for tempo in score.tempos]
@@ -1597,17 +1578,17 @@ def strict_abc(text):
         notes, voices = merge_duplicates(notes._replace(voice=joined[notes.voice])), sounds
     bars, metres = bar_lines(tune.metres, int(((notes.onset + notes.duration).max() + 1) * BEAT))
     triplet = triplet_beats(notes, bars, 3)
-    voice, pitch, start, end = grid_notes(notes, bars, 3, triplet)
+    voice, pitch, start, end = grid_notes(notes, 3, triplet)
     crossing = np.bincount(cut_pieces(voice, start, end, bars, triplet)[0]) > 1  # ties on single notes only
     most = np.full(len(voices), MAX_VOICES)
     for _ in range(2):
-        layer, ends = make_layers((voice, pitch, start, end), most, crossing)
+        layer, ends = layer_notes((voice, pitch, start, end), most, crossing)
         np.maximum.at(most := np.zeros(len(voices), int), voice, layer + 1)
         while most.sum() > MAX_VOICES:
             most[most.argmax()] -= 1
     part = (np.cumsum(most) - most)[voice] + layer
     triplet = np.repeat(triplet, most, axis=0)
-    unit, cells = write_cells((part, pitch, start, ends), bars, triplet, None, [0] * most.sum(), strict=True)
+    unit, cells = write_cells((part, pitch, start, ends), bars, triplet, None, [0] * most.sum())
     n_bars = cells[-1][0] + 1
     fields = header_fields(metres, bar_tempos(tune.tempos, bars[:n_bars + 1])[0])
     return write_strict(unit, cells, fields, [sound for sound, n in zip(voices, most, strict=True) for _ in range(n)])
