@@ -875,6 +875,7 @@ def extract(cfg):
 BEAT = 48  # ticks per beat: the grids of 1/16 beat (3 ticks), 1/8 (6) and of triplets (1/6, 8) are all exact
 MAX_BEATS = 20_000
 MAX_NOTES = 300_000
+MAX_CELLS = 2**20  # voices times bars
 LETTERS = "CDEFGAB"
 NATURAL = (0, 2, 4, 5, 7, 9, 11)  # semitones of C D E F G A B
 MARKS = {-2: "__", -1: "_", 0: "=", 1: "^", 2: "^^"}
@@ -1129,23 +1130,27 @@ def length_text(ticks, unit):
     return (str(num) if num > 1 else "") + {1: "", 2: "/"}.get(den, f"/{den}")
 
 
-def choose_unit(length):
-    """Lengths in ticks -> the denominator of L: that writes them shortest."""
-    lengths, count = np.unique(length, return_counts=True)
-    cost = [np.dot(count, [len(length_text(ticks, 4 * BEAT // unit)) for ticks in lengths.tolist()]) for unit in UNITS]
-    return UNITS[int(np.argmin(cost))]
+def choose_units(voice, length, n_voices):
+    """Lengths in ticks -> (n of L:1/n for the file, n for each voice): those that write them shortest."""
+    lengths, which = np.unique(length, return_inverse=True)
+    count = np.bincount(voice * len(lengths) + which, minlength=n_voices * len(lengths)).reshape(n_voices, -1)
+    cost = count @ [[len(length_text(ticks, 4 * BEAT // unit)) for unit in UNITS] for ticks in lengths.tolist()]
+    common, best = cost.sum(0).argmin(), cost.argmin(1)
+    best = np.where(cost.min(1) + len("\nL:1/16") < cost[:, common], best, common)
+    return UNITS[common], [UNITS[i] for i in best.tolist()]
 
 
 def cut_pieces(voice, start, end, bars, triplet):
     """Spans of time cut at bar lines and where they enter or leave a triplet beat half-way -> (index, start, end)."""
-    index, pieces = np.arange(len(start)), []
+    index, pieces, has_triplets = np.arange(len(start)), [], triplet.any()
     while len(index) or not pieces:
         stop = np.minimum(end, bars[np.searchsorted(bars, start, "right")])
-        leaves = triplet[voice[index], start // BEAT] & (start % BEAT != 0)
-        enters = triplet[voice[index], (stop - 1) // BEAT] & (stop % BEAT != 0)
-        border = np.where(leaves, start // BEAT + 1, stop // BEAT) * BEAT
-        stop = np.where((leaves | enters) & (start < border) & (border < stop), border, stop)
-        stop = np.where((leaves | enters) & (stop - start == 40), stop - 8, stop)  # no note lasts 5/6 beat
+        if has_triplets:
+            leaves = triplet[voice[index], start // BEAT] & (start % BEAT != 0)
+            enters = triplet[voice[index], (stop - 1) // BEAT] & (stop % BEAT != 0)
+            border = np.where(leaves, start // BEAT + 1, stop // BEAT) * BEAT
+            stop = np.where((leaves | enters) & (start < border) & (border < stop), border, stop)
+            stop = np.where((leaves | enters) & (stop - start == 40), stop - 8, stop)  # no note lasts 5/6 beat
         pieces.append((index, start, stop))
         more = stop < end
         index, start, end = index[more], stop[more], end[more]
@@ -1167,6 +1172,8 @@ def write_tuplets(line, start, end):
     """Items by line and start -> (their written lengths in ticks, {item: "(3"} where a tuplet begins)."""
     beat = line * MAX_BEATS * 2 + start // BEAT
     off = (start % 3 != 0) | (end % 3 != 0)  # only thirds of a beat leave the grid of 1/16
+    if not off.any():
+        return end - start, {}
     inside = np.isin(beat, beat[off]) & (end - start < BEAT)
     first = np.flatnonzero(inside & np.append(True, beat[1:] != beat[:-1]))
     count = np.searchsorted(beat, beat[first], "right") - first
@@ -1203,7 +1210,7 @@ def write_chords(notes, bars, triplet, keys, octaves):
 
 
 def write_cells(notes, bars, triplet, keys, octaves):
-    """Notes (voice, pitch, start, end) in ticks -> (n of L:1/n, [(bar, voice, text)] in order).
+    """Notes (voice, pitch, start, end) in ticks -> (n of L:1/n, n of each voice, [(bar, voice, text)] in order).
 
     A cell is the music of a voice in one bar: layer&layer. With keys None, the strict export, no cell is left out.
     """
@@ -1211,8 +1218,10 @@ def write_cells(notes, bars, triplet, keys, octaves):
     texts, tied, group, start, end = write_chords(notes, bars, triplet, keys, octaves)
     n_bars = int(group.max()) // n_voices + 1
     line = group * LAYERS + assign_layers(group, start, end, np.full(n_bars * n_voices, LAYERS))[0]
-    silent = np.setdiff1d(np.arange(n_bars), group // n_voices) * n_voices  # there the first voice rests
-    lines = np.union1d(line, LAYERS * (np.arange(n_bars * n_voices) if keys is None else silent))
+    used = np.bincount(line, minlength=n_bars * n_voices * LAYERS).reshape(n_bars, n_voices, LAYERS) > 0
+    used[:, :, 0] |= keys is None
+    used[:, 0, 0] |= ~used.any((1, 2))  # in a silent bar the first voice rests
+    lines = np.flatnonzero(used)
     bar = lines // (n_voices * LAYERS)
     rest, low, high = fill_rests(line, start, end, lines, bars[bar], bars[bar + 1])
     piece, low, high = cut_pieces(rest // LAYERS % n_voices, low, high, bars, triplet)
@@ -1220,10 +1229,12 @@ def write_cells(notes, bars, triplet, keys, octaves):
     order = np.argsort(line * (int(bars[-1]) + 1) + start)
     line, item = line[order], np.minimum(order, len(texts))  # all rests have one text, the last
     length, tuplets = write_tuplets(line, start[order], end[order])
-    unit = choose_unit(length)
+    voice = line // LAYERS % n_voices
+    unit, units = choose_units(voice, length, n_voices)
+    units = [unit] * n_voices if keys is None else units
     texts.append("z")
-    tokens = [texts[i] + length_text(ticks, 4 * BEAT // unit)
-              for i, ticks in zip(item.tolist(), length.tolist(), strict=True)]
+    tokens = [texts[i] + length_text(ticks, 4 * BEAT // units[v])
+              for i, ticks, v in zip(item.tolist(), length.tolist(), voice.tolist(), strict=True)]
     for i in np.flatnonzero(np.append(tied, False)[item]).tolist():
         tokens[i] += "-"
     for i, prefix in tuplets.items():
@@ -1231,21 +1242,18 @@ def write_cells(notes, bars, triplet, keys, octaves):
     for i in np.flatnonzero(line % LAYERS * np.append(True, np.diff(line) != 0)).tolist():
         tokens[i] = "&" + tokens[i]
     heads = np.flatnonzero(np.append(True, np.diff(line // LAYERS) != 0)).tolist()
-    return unit, [(*divmod(number // LAYERS, n_voices), "".join(tokens[i:j])) for number, i, j in
-                  zip(line[heads].tolist(), heads, [*heads[1:], len(tokens)], strict=True)]
+    return unit, units, [(*divmod(number // LAYERS, n_voices), "".join(tokens[i:j])) for number, i, j in
+                         zip(line[heads].tolist(), heads, [*heads[1:], len(tokens)], strict=True)]
 
 
 def write_body(cells, fields, n_voices):
     """Cells -> text: a line per bar, [V:n] for each voice that sounds in it, Zn for the bars that it has missed."""
-    lines, due = [], [0] * n_voices  # the bar that each voice has to write next
-    for bar, sounding in itertools.groupby(cells, key=lambda cell: cell[0]):
-        line = fields.get(bar, "")
-        for _, voice, music in sounding:
-            missed = f"Z{bar - due[voice]}|" if due[voice] < bar else ""
-            line += f"[V:{voice + 1}]{missed}{music}|"
-            due[voice] = bar + 1
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+    lines, due = {}, [0] * n_voices  # the bar that each voice has to write next
+    for bar, voice, music in cells:
+        missed = f"Z{bar - due[voice]}|" if due[voice] < bar else ""
+        lines[bar] = f"{lines.get(bar) or fields.get(bar, '')}[V:{voice + 1}]{missed}{music}|"
+        due[voice] = bar + 1
+    return "\n".join(lines.values()) + "\n"
 
 
 def header_fields(metres, tempos):
@@ -1258,15 +1266,17 @@ def header_fields(metres, tempos):
     return fields
 
 
-def write_header(voices, octaves, unit, key, fields):
+def write_header(voices, octaves, unit, units, key, fields):
     """Everything above the first bar. What differs between voices stands below their V: fields."""
     lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields), f"K:{KEYS[key]}"]
-    for number, ((program, drum), octave) in enumerate(zip(voices, octaves, strict=True), 1):
-        lines.append(f"V:{number}" + (f" octave={octave}" if octave else ""))
+    for i, (program, drum) in enumerate(voices):
+        lines.append(f"V:{i + 1}" + (f" octave={octaves[i]}" if octaves[i] else ""))
         if program:  # without it players take 0, the piano
             lines.append(f"%%MIDI program {program}")
         if drum:
             lines += ["%%MIDI channel 10", f"K:{KEYS[DRUM_KEY]}"]
+        if units[i] != unit:
+            lines.append(f"L:1/{units[i]}")
     return "\n".join(lines) + "\n"
 
 
@@ -1286,17 +1296,19 @@ def score_to_abc(score, notes, voices, cfg):
     step, swing = choose_grid(notes.onset, notes.voice * 128 + notes.pitch)
     triplet = triplet_beats(notes, bars, step) & swing
     voice, pitch, start, end = grid_notes(notes, step, triplet)
+    if len(voices) * len(bars) > MAX_CELLS:
+        raise Rejected("too_many_voices", f"{len(voices)}")
     _, end = layer_notes((voice, pitch, start, end), np.full(len(voices), LAYERS))
     drums = np.array([drum for _, drum in voices])[notes.voice]
     key = choose_key(notes.pitch[~drums])
     octaves = np.rint((np.bincount(voice, pitch) / np.bincount(voice) - 71.5) / 12).astype(int).tolist()  # C ... b
     keys = [DRUM_KEY if drum else key for _, drum in voices]
-    unit, cells = write_cells((voice, pitch, start, end), bars, triplet, keys, octaves)
+    unit, units, cells = write_cells((voice, pitch, start, end), bars, triplet, keys, octaves)
     tempos = [(tempo.time / score.tpq, 6e7 / max(1, tempo.mspq)) for tempo in score.tempos]
     n_bars = cells[-1][0] + 1
     tempos, seconds = bar_tempos(tempos, bars[:n_bars + 1])
     fields = header_fields(metres, tempos)
-    abc = write_header(voices, octaves, unit, key, fields.pop(0)) + write_body(cells, fields, len(voices))
+    abc = write_header(voices, octaves, unit, units, key, fields.pop(0)) + write_body(cells, fields, len(voices))
     if len(abc) > cfg.MAX_ABC_CHARS:
         raise Rejected("too_many_chars", f"{len(abc)}")
     return {"abc": abc, "n_bars": n_bars, "seconds": float(seconds)}
@@ -1310,15 +1322,14 @@ def midi_to_abc(source, cfg):
 
 # --- reading ABC back
 
+NOTE = re.compile(r"([_^=]{0,2})([A-Ga-g])([,']*)(?:\d*/*\d*)(-?)")
 TOKEN = re.compile(r"(\[[^]]*\]?|[_^=]{0,2}[A-Ga-g][,']*|[zx])(\d*/*\d*)(-?)"  # chord or note, length, tie
                    r"|\((\d)(?::(\d*))?(?::(\d*))?|(\S)")  # (p:q:r, anything else
-NOTE = re.compile(r"([_^=]{0,2})([A-Ga-g])([,']*)(\d*/*\d*)(-?)")
 FIELD = re.compile(r"\[([A-Za-z]):([^]]*)\]")
 MISSED = re.compile(r"\s*Z(\d*)\s*")
 # what other people's ABC has besides notes: chord names, decorations, grace notes, endings, repeats, comments
 ORNAMENT = re.compile(r"\"[^\"]*\"|![^!]*!|\{[^}]*\}|\[\d|(?<=\|)\d|:+(?=\|)|(?<=\|):+|[~.`\\]|%.*")
 MODES = {"m": -3, "min": -3, "aeo": -3, "dor": -2, "mix": -1, "lyd": 1, "phr": -4, "loc": -5}
-TUPLETS = {2: 3, 4: 3, 8: 3, 3: 2, 6: 2}  # (p: p notes in the time of q
 
 
 def whole(text, default=1, most=9999):
@@ -1326,7 +1337,6 @@ def whole(text, default=1, most=9999):
     return min(int(text[:5]), most) if text and text.isdecimal() else default
 
 
-@functools.lru_cache(maxsize=4096)
 def length_value(text):
     """'3/2', '/', '//' ... -> multiple of the unit length."""
     num, slash, den = text.partition("/")
@@ -1334,51 +1344,43 @@ def length_value(text):
     return whole(num) / (max(1, whole(digits)) if digits else 2 ** min(len(slash + den), 8))
 
 
-@functools.lru_cache(maxsize=8192)
-def chord_value(text, sharps, octave):
-    """'^c,' or '[CE-G]' -> (pitches, whether each is tied, length of the first note inside the brackets)."""
-    pitches, ties, inner = [], [], 1.0
-    for mark, letter, marks, length, tie in NOTE.findall(text):
-        step = LETTERS.index(letter.upper())
-        alter = mark.count("^") - mark.count("_") if mark else (sharps + 5 - (2 * step + 1) % 7 + 1) // 7
-        height = 5 + octave + letter.islower() + marks.count("'") - marks.count(",")
-        inner = inner if pitches else length_value(length)
-        pitches.append(min(127, max(0, 12 * height + NATURAL[step] + alter)))
-        ties.append(tie == "-")
-    return pitches, ties, inner
-
-
 def key_sharps(text):
     """'D', 'Bm', 'A dorian' ... -> sharps (flats negative), 0 for what is no key."""
     match = re.match(r"\s*([A-G])([#b]?)\s*([A-Za-z]{0,3})", text)
-    if not match:
-        return 0
-    letter, accidental, mode = match.groups()
-    sharps = "FCGDAEB".index(letter) - 1 + {"#": 7, "b": -7, "": 0}[accidental] + MODES.get(mode.lower(), 0)
-    return min(7, max(-7, sharps))
+    letter, accidental, mode = match.groups() if match else ("C", "", "")
+    return "FCGDAEB".index(letter) - 1 + {"#": 7, "b": -7, "": 0}[accidental] + MODES.get(mode.lower(), 0)
+
+
+@functools.lru_cache(maxsize=8192)
+def chord_value(text, sharps, octave):
+    """'^c,' or '[CE-G]' -> [(pitch, "-" if tied)]."""
+    notes = []
+    for mark, letter, marks, tie in NOTE.findall(text):
+        step = LETTERS.index(letter.upper())
+        alter = mark.count("^") - mark.count("_") if mark else (sharps + 5 - (2 * step + 1) % 7 + 1) // 7
+        height = 5 + octave + letter.islower() + marks.count("'") - marks.count(",")
+        notes.append((min(127, max(0, 12 * height + NATURAL[step] + alter)), tie))
+    return notes
 
 
 @functools.lru_cache(maxsize=4096)  # music repeats itself: many bars of a song have been read before
 def read_layer(music, unit, sharps, octave):
-    """One layer of one bar -> ([(position, length, pitch, tied)], its length in beats, slugs of problems)."""
+    """One layer of one bar -> ([(position, length, pitch, tied)] in beats, its length, slugs of problems)."""
     notes, problems, position, left, factor = [], [], 0.0, 0, 1.0
     for text, length, tie, p, q, r, _ in TOKEN.findall(music):
         if text:
-            pitches, ties, inner = chord_value(text, sharps, octave)
-            beats = unit * length_value(length) * inner
-            if left:
-                left, beats = left - 1, beats * factor
-            notes += [(position, beats, pitch, tied or tie == "-") for pitch, tied in zip(pitches, ties, strict=True)]
+            beats = unit * length_value(length) * (factor if left > 0 else 1)
+            left -= 1
+            notes += [(position, beats, pitch, bool(tie or own)) for pitch, own in chord_value(text, sharps, octave)]
             position += beats
             if text[0] == "[" and text[-1] != "]":
                 problems.append("open_bracket")
         elif p:
-            factor, left = (whole(q, 0) or TUPLETS.get(int(p), 2)) / (int(p) or 1), whole(r, 0) or int(p)
+            left = whole(r, 0) or whole(p)
+            factor = (whole(q, 0) or (3 if p in "248" else 2)) / max(1, whole(p))
         else:
             problems.append("bad_char")
-    if left:
-        problems.append("open_tuplet")
-    return notes, position, problems
+    return notes, position, problems + ["open_tuplet"] * (left > 0)
 
 
 class Reader:
@@ -1390,47 +1392,20 @@ class Reader:
 
     def __init__(self, text):
         self.inline = "[V:" in text
-        self.unit, self.metre, self.sharps, self.key = 0.5, 4.0, 0, ""
-        self.name, self.voices = "1", {}
-        self.bar, self.clock, self.played = 0, 0.0, set()  # inline: of the line's bar, the voices that had their turn
+        self.metre, self.key, self.name, self.voices = 4.0, "", "1", {}
+        self.default = SimpleNamespace(unit=0.5, sharps=0, program=0, drum=False, octave=0, bars=0, clock=0.0)
+        self.bar, self.clock, self.played = 0, 0.0, set()  # inline: the bar of this line, who has played in it
         self.number, self.rows, self.tempos, self.metres, self.problems = 0, [], [], [], []
 
     @property
     def voice(self):
         """The current voice, made when it is new."""
-        return self.voices.setdefault(self.name, SimpleNamespace(
-            index=len(self.voices), program=0, drum=False, octave=0, sharps=self.sharps, bars=0, clock=0.0))
+        if self.name not in self.voices:
+            self.voices[self.name] = SimpleNamespace(index=len(self.voices), **vars(self.default))
+        return self.voices[self.name]
 
     def report(self, slug):
         self.problems.append((self.number, slug))
-
-    def read_field(self, letter, value):
-        """An information field. Those before K: are for all voices, later ones for the current one."""
-        fraction = re.match(r"\s*(\d+)/(\d+)\s*(?:=\s*(\d+))?", value)
-        num, den, per_minute = (whole(x, 0) for x in fraction.groups()) if fraction else (0, 0, 0)
-        clock = self.clock if self.inline or not self.key else self.voice.clock
-        if letter == "L" and num and den:
-            self.unit = 4 * num / den
-        elif letter == "M":
-            num, den = (num, den) if fraction else (2, 2) if "C|" in value else (4, 4)
-            if is_metre(num, den):
-                self.metre = 4 * num / den
-                self.metres.append((clock, num, den))
-            else:
-                self.report("bad_field")
-        elif letter == "Q":
-            qpm = 4 * num / den * per_minute if num and den and per_minute else whole(value.strip(), 120)
-            self.tempos.append((clock, min(max(qpm, 4), 6000)))
-        elif letter == "K" and self.key:
-            self.voice.sharps = key_sharps(value)
-        elif letter == "K":
-            self.key, self.sharps = value.strip() or "C", key_sharps(value)
-            for voice in self.voices.values():
-                voice.sharps = self.sharps
-        elif letter == "V":
-            self.name = (value.split() or ["1"])[0]
-            octave = re.search(r"octave=(-?\d)", value)
-            self.voice.octave = int(octave[1]) if octave else self.voice.octave
 
     def read_line(self, line):
         words = line.split()
@@ -1443,8 +1418,39 @@ class Reader:
         elif words and line[0] != "%":
             self.read_music(line)
 
+    def read_field(self, letter, value):
+        """An information field. K: and L: are for all voices up to the first K:, then for the current one."""
+        fraction = re.match(r"\s*(\d+)/(\d+)\s*(?:=\s*(\d+))?", value)
+        num, den, per_minute = (whole(x, 0) for x in fraction.groups()) if fraction else (0, 0, 0)
+        clock = self.clock if self.inline or not self.key else self.voice.clock
+        voices = [self.voice] if self.key else [self.default, *self.voices.values()]
+        if letter == "L" and num and den:
+            for voice in voices:
+                voice.unit = 4 * num / den
+        elif letter == "M":
+            num, den = (num, den) if fraction else (2, 2) if "C|" in value else (4, 4)
+            if is_metre(num, den):
+                self.metre = 4 * num / den
+                self.metres.append((clock, num, den))
+            else:
+                self.report("bad_field")
+        elif letter == "Q":
+            qpm = 4 * num / den * per_minute if den else whole(value.strip(), 120)
+            self.tempos.append((clock, min(max(qpm, 4), 6000)))
+        elif letter == "K":
+            self.key = self.key or value.strip() or "C"
+            for voice in voices:
+                voice.sharps = key_sharps(value)
+        elif letter == "V":
+            self.name = (value.split() or ["1"])[0]
+            if octave := re.search(r"octave=(-?\d)", value):
+                self.voice.octave = int(octave[1])
+
+    def next_bar(self, bars=1):
+        self.bar, self.clock, self.played = self.bar + bars, self.clock + bars * self.metre, set()
+
     def read_music(self, line):
-        """A line of music. Inline, it is the next bar, unless more voices say that they are one before or behind.
+        """A line of music. Inline it is the next bar, unless voices say that they are one before or behind.
 
         That puts right a line break that was lost or added.
         """
@@ -1453,8 +1459,8 @@ class Reader:
         if self.inline:
             due = [self.voices[name].bars for letter, name, music in segments
                    if letter == "V" and name in self.voices and not MISSED.match(music)]
-            votes = Counter([*(bar for bar in due if abs(bar - self.bar) <= 1), self.bar])
-            self.next_bar(votes.most_common(1)[0][0] - self.bar)
+            votes = Counter([*(bar for bar in due if abs(bar - self.bar) == 1), *(bar for bar in due if bar == self.bar)])
+            self.next_bar(votes.most_common(1)[0][0] - self.bar if votes else 0)
         if before.strip():
             self.read_bars(before)
         for letter, value, music in segments:
@@ -1464,29 +1470,25 @@ class Reader:
         if self.inline:
             self.next_bar()
 
-    def next_bar(self, bars=1):
-        self.bar, self.clock, self.played = self.bar + bars, self.clock + bars * self.metre, set()
-
     def read_bars(self, music):
         """The bars of the current voice in a line. Inline it is one: a bar line too early is ignored."""
         voice = self.voice
-        bars = (music if self.inline else ORNAMENT.sub("", music)).split("|")
         if self.inline:
             if voice.index in self.played:  # a line break was lost
                 self.next_bar()
             self.played.add(voice.index)
             voice.clock = self.clock
-        if not bars[-1].strip():
-            bars.pop()
-        elif self.inline:
-            self.report("no_bar_line")
+        *bars, rest = (music if self.inline else ORNAMENT.sub("", music)).split("|")
+        if rest.strip():
+            bars.append(rest)
+            self.problems += [(self.number, "no_bar_line")] * self.inline
         for bar in bars:
-            if missed := MISSED.fullmatch(bar):
-                voice.bars += whole(missed[1])
-                voice.clock += 0 if self.inline else self.metre * whole(missed[1])
-            else:
+            missed = MISSED.fullmatch(bar)
+            if not missed:
                 self.read_bar(voice, bar)
-                voice.bars += not self.inline
+            elif not self.inline:
+                voice.clock += self.metre * whole(missed[1])
+            voice.bars += whole(missed[1]) if missed else not self.inline
         if self.inline:
             if voice.bars != self.bar:
                 self.report("silent_bars")
@@ -1496,7 +1498,7 @@ class Reader:
         """A bar or, inline, a part of one: what hangs over is cut off, and what follows starts again."""
         longest, left = 0.0, self.clock + self.metre - voice.clock if self.inline else MAX_BEATS
         for layer in bar.split("&"):
-            notes, length, problems = read_layer(layer, self.unit, voice.sharps, voice.octave)
+            notes, length, problems = read_layer(layer, voice.unit, voice.sharps, voice.octave)
             self.rows += [(voice.index, voice.clock + position, min(beats, left - position), pitch, tied, self.number)
                           for position, beats, pitch, tied in notes if position < left - 1e-6]
             longest = max(longest, length)
@@ -1506,18 +1508,17 @@ class Reader:
 
 
 def merge_ties(rows):
-    """Rows (voice, onset, duration, pitch, tied, line) -> Notes by voice, onset, pitch; lines with a tie to nothing."""
+    """Rows (voice, onset, duration, pitch, tied, line) -> (Notes by voice, onset, pitch; lines with a tie to nothing)."""
     table = np.array(rows, float).reshape(-1, 6)
     table = table[table[:, 1] < MAX_BEATS]
-    table = table[np.lexsort((table[:, 1], table[:, 0] * 128 + table[:, 3]))]
-    voice, onset, duration, pitch, tied, line = table.T
+    voice, onset, duration, pitch, tied, line = table[np.lexsort((table[:, 1], table[:, 3], table[:, 0]))].T
     end = np.minimum(onset + duration, MAX_BEATS)
     joined = (np.diff(voice * 128 + pitch) == 0) & (np.abs(onset[1:] - end[:-1]) < 1e-4) & (tied[:-1] > 0)
     first = np.flatnonzero(np.append(True, ~joined)[:len(onset)])
-    open_ties = line[(tied > 0) & ~np.append(joined, False)[:len(onset)]].astype(int).tolist()
-    end = np.maximum.reduceat(end, first) if len(first) else end
-    notes = Notes(voice[first].astype(int), onset[first], end - onset[first], pitch[first].astype(int))
-    return Notes(*(column[np.lexsort((notes.pitch, notes.onset, notes.voice))] for column in notes)), open_ties
+    last = np.flatnonzero(np.append(~joined, True)[:len(onset)])
+    notes = Notes(voice[first].astype(int), onset[first], end[last] - onset[first], pitch[first].astype(int))
+    order = np.lexsort((notes.pitch, notes.onset, notes.voice))
+    return Notes(*(column[order] for column in notes)), line[last][tied[last] > 0].astype(int).tolist()
 
 
 def read_abc(text):
@@ -1529,9 +1530,9 @@ def read_abc(text):
         reader.read_line(line)
     notes, open_ties = merge_ties(reader.rows)
     problems = reader.problems + [(line, "open_tie") for line in open_ties] + [(0, "no_header")] * (not reader.key)
-    voices = [(voice.program, voice.drum) for voice in reader.voices.values()]
-    n_bars = max([voice.bars for voice in reader.voices.values()], default=0)
-    return Tune(notes, voices, reader.key, reader.tempos, reader.metres, n_bars, problems)
+    voices = reader.voices.values()
+    return Tune(notes, [(voice.program, voice.drum) for voice in voices], reader.key, reader.tempos, reader.metres,
+                max([voice.bars for voice in voices], default=0), problems)
 
 
 def abc_to_midi(text):
@@ -1588,7 +1589,7 @@ def strict_abc(text):
             most[most.argmax()] -= 1
     part = (np.cumsum(most) - most)[voice] + layer
     triplet = np.repeat(triplet, most, axis=0)
-    unit, cells = write_cells((part, pitch, start, ends), bars, triplet, None, [0] * most.sum())
+    unit, _, cells = write_cells((part, pitch, start, ends), bars, triplet, None, [0] * most.sum())
     n_bars = cells[-1][0] + 1
     fields = header_fields(metres, bar_tempos(tune.tempos, bars[:n_bars + 1])[0])
     return write_strict(unit, cells, fields, [sound for sound, n in zip(voices, most, strict=True) for _ in range(n)])
