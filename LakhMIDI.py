@@ -26,6 +26,7 @@ import argparse
 import ast
 import base64
 import bz2
+import collections
 import contextlib
 import copy
 import csv
@@ -1624,12 +1625,9 @@ def abc2midi_notes(text):
 def note_f1(reference, candidate, onset_tolerance=1 / 8, durations=False):
     """F1 of notes matched by pitch and onset (and length within 20 % or 1/8 beat), a voice's duplicates merged."""
     a, b = (sorted_notes(notes) for notes in (reference, candidate))
-    if len(a) == len(b) and not durations and np.all(np.abs(a - b)[:, :2] <= [0, onset_tolerance + 1e-6]):
-        return 1.0
-    rows, others = a.tolist(), b.tolist()
     i = j = hits = 0
-    while i < len(rows) and j < len(others):
-        (pitch, onset, duration), (other_pitch, other_onset, other_duration) = rows[i], others[j]
+    while i < len(a) and j < len(b):
+        (pitch, onset, duration), (other_pitch, other_onset, other_duration) = a[i], b[j]
         if pitch == other_pitch and abs(onset - other_onset) <= onset_tolerance + 1e-6:
             hits += not durations or abs(duration - other_duration) <= max(1 / 8, duration / 5) + 1e-6
             i, j = i + 1, j + 1
@@ -1641,10 +1639,9 @@ def note_f1(reference, candidate, onset_tolerance=1 / 8, durations=False):
 
 
 def sorted_notes(notes):
-    """Array (N, 3) of pitch, onset, duration, sorted in this order, duplicates merged."""
-    notes = merge_duplicates(notes)
-    order = np.lexsort((notes.duration, notes.onset, notes.pitch))
-    return np.stack([notes.pitch, notes.onset, notes.duration], axis=1)[order]
+    """[(pitch, onset, duration)] sorted, a voice's duplicates merged."""
+    _, onset, duration, pitch = merge_duplicates(notes)
+    return sorted(zip(pitch.tolist(), onset.tolist(), duration.tolist(), strict=True))
 
 
 def convert_one(data, cfg):
@@ -1721,12 +1718,10 @@ def convert_file(source, target, cfg):
         row = convert_one(Path(source).read_bytes(), cfg)
     except Rejected as reject:
         return {"reason": reject.reason}
-    except MemoryError:
-        return {"reason": "out_of_memory"}
-    except OSError as error:
-        return {"reason": f"unreadable_{type(error).__name__}"}
+    except Exception as error:  # out of memory, unreadable, or a bug: one file must not stop the others
+        return {"reason": f"failed_{type(error).__name__}"}
     write_text(target, row.pop("abc"))
-    return {"abc": os.path.relpath(target, cfg.abc_root), **row}
+    return {"abc": Path(target).relative_to(cfg.abc_root).as_posix(), **row}
 
 
 def limit_worker():
@@ -1735,75 +1730,88 @@ def limit_worker():
     with contextlib.suppress(ImportError, OSError, ValueError):  # Linux only
         import resource
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**30, mapped + 2**30))
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**29, mapped + 2**29))
 
 
 def convert_all(files, cfg):
-    """Yields (file, row) for files relative to midi_root. A worker that crashes or hangs costs one file.
+    """Yields the row of each file, relative to midi_root, in order. A worker that crashes or hangs costs one file.
 
-    Slices keep few files in flight, so that memory does not grow with their number.
+    Few files are in flight, so that memory does not grow with their number.
     """
+    jobs = collections.deque()
+
+    def oldest_row():
+        try:
+            return jobs.popleft().result()
+        except TimeoutError:
+            return {"reason": "timeout"}
+        except ProcessExpired:
+            return {"reason": "crashed"}
+
     with ProcessPool(max_workers=cfg.workers, initializer=limit_worker) as pool:
         try:
-            for i in range(0, len(files), 512):
-                slice_ = files[i:i + 512]
-                rows = pool.map(convert_file, [cfg.midi_root / file for file in slice_],
-                                [cfg.abc_root / f"{file}.abc" for file in slice_], [cfg] * len(slice_),
-                                timeout=cfg.CONVERT_TIMEOUT).result()
-                for file in slice_:
-                    try:
-                        yield file, next(rows)
-                    except TimeoutError:
-                        yield file, {"reason": "timeout"}
-                    except ProcessExpired:
-                        yield file, {"reason": "crashed"}
+            for file in files:
+                jobs.append(pool.schedule(convert_file, (cfg.midi_root / file, cfg.abc_root / f"{file}.abc", cfg),
+                                          timeout=cfg.CONVERT_TIMEOUT))
+                if len(jobs) > 64 * cfg.workers:  # enough to keep the others busy while one takes its time
+                    yield oldest_row()
+            while jobs:
+                yield oldest_row()
         except BaseException:
             pool.stop()
             raise
 
 
-def read_journal(path, recipe):
-    """The rows that an interrupted conversion of the same recipe left, {file: row}."""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8") as lines:
-        rows = []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):  # the line that was being written
-                rows.append(json.loads(line))
-        if rows and rows[0] == recipe:
-            return {row["file"]: row for row in rows[1:]}
-    return {}
+def read_rows(path):
+    """The rows of a report or journal one by one, up to a line that was cut off; none where there is no such file."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), open(path, encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
 
 
-@stage(version=1, knobs="CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", after=extract)
+def resume_journal(journal, recipe, cfg):
+    """How many files the journal of an interrupted conversion holds; what follows its last whole line is cut off.
+
+    The journal of another recipe, or the report of an earlier conversion, is deleted with the texts that it lists.
+    """
+    rows = read_rows(journal)
+    if next(rows, None) == recipe:
+        done = sum(1 for _ in rows)
+        with open(journal, "rb+") as file:
+            file.truncate(sum(len(line) for line in itertools.islice(file, done + 1)))
+        return done
+    for path in (journal, cfg.abc_root / "report.jsonl"):
+        for row in read_rows(path):
+            if "abc" in row:
+                Path(cfg.abc_root, row["abc"]).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+    write_text(journal, json.dumps(recipe) + "\n")
+    return 0
+
+
+@stage(version=2, knobs="CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", after=extract)
 def convert(cfg):
     """Converts every MIDI file in a worker process that may die; every file ends as text or as a counted reason."""
     files = read_json(Path(cfg.DATA_ROOT, "midi_index.json"))["files"]
     report, journal = cfg.abc_root / "report.jsonl", cfg.abc_root / "journal.jsonl"
-    recipe = convert.recipe(cfg)
-    rows = read_journal(journal, recipe)
-    if not rows and report.exists():  # texts of an earlier recipe
-        for row in read_jsonl(report):
-            if "abc" in row:
-                Path(cfg.abc_root, row["abc"]).unlink(missing_ok=True)
-        report.unlink()
-    write_text(journal, "".join(json.dumps(row) + "\n" for row in [recipe, *rows.values()]))
-    todo = [file for file in files if file not in rows]
-    with open(journal, "a", encoding="utf-8") as out, \
-            progress(total=len(files), initial=len(rows), desc="convert", unit="file") as bar:
-        for file, row in convert_all(todo, cfg):
-            rows[file] = {"file": file, **row}
-            out.write(json.dumps(rows[file]) + "\n")
-            bar.update()
-    accepted = [rows[file] for file in files if "abc" in rows[file]]
-    packed = bytes.fromhex("".join(row.pop("signature") for row in accepted))
-    signatures = np.frombuffer(packed, "<u4").reshape(len(accepted), -1)
-    with atomic_path(cfg.abc_root / "signatures.npy") as partial, open(partial, "wb") as out:
-        np.save(out, signatures)
-    write_jsonl(report, [rows[file] for file in files])
+    done = resume_journal(journal, convert.recipe(cfg), cfg)
+    with open(journal, "a", encoding="utf-8", buffering=1, newline="\n") as out:  # a line is on disk before the next
+        rows = progress(convert_all(files[done:], cfg), "convert", len(files), "file", initial=done)
+        for file, row in zip(files[done:], rows, strict=True):
+            out.write(json.dumps({"file": file, **row}) + "\n")
+    reasons = Counter(row.get("reason", "") for row in itertools.islice(read_rows(journal), 1, None))
+    accepted = reasons.pop("", 0)
+    need(len(files) == accepted + reasons.total(), "the books of the conversion do not balance")
+    signatures = np.lib.format.open_memmap(cfg.abc_root / "signatures.npy", "w+", "<u4", (accepted, NUM_PERM))
+    with atomic_path(report) as partial, open(partial, "w", encoding="utf-8", newline="\n") as out:
+        place = itertools.count()
+        for row in itertools.islice(read_rows(journal), 1, None):
+            if "signature" in row:
+                signatures[next(place)] = np.frombuffer(bytes.fromhex(row.pop("signature")), "<u4")
+            out.write(json.dumps(row) + "\n")
+    signatures.flush()
     journal.unlink()
-    reasons = Counter(row["reason"] for row in rows.values() if "reason" in row)
-    need(len(files) == len(accepted) + reasons.total(), "the books of the conversion do not balance")
-    say(f"convert   {len(accepted):,} of {len(files):,} files became ABC; rejected: {dict(reasons.most_common()) or 'none'}")
+    say(f"convert   {accepted:,} of {len(files):,} files became ABC; "
+        f"rejected: {dict(reasons.most_common()) or 'none'}")
     return [report, cfg.abc_root]
 
 

@@ -63,9 +63,13 @@ def tools():
             target = Path(folder, "out" + suffix_out)
             target.unlink(missing_ok=True)
             subprocess.run([Path(folder, name), "in" + suffix_in, "-o", target.name], cwd=folder, timeout=60,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             return target.read_bytes()
         yield run
+
+
+def midi_notes(data):
+    return LakhMIDI.score_notes(LakhMIDI.read_score(data))[0]
 
 
 def sounding(notes, voices):
@@ -76,7 +80,7 @@ def sounding(notes, voices):
 
 def fidelity(files, cfg, run, music21=0):
     """Means over the files of a data set; the reference is what symusic reads in the MIDI file."""
-    rows, rejects, alphabet = [], collections.Counter(), set()
+    rows, rejects, alphabet, readers = [], collections.Counter(), set(), collections.Counter()
     readers = collections.Counter()
     for i, (_, data) in enumerate(files):
         try:
@@ -87,7 +91,7 @@ def fidelity(files, cfg, run, music21=0):
         alphabet |= set(abc)
         reference, voices = LakhMIDI.score_notes(LakhMIDI.read_score(data))
         tune = read_abc(abc)
-        midi = LakhMIDI.read_midi_notes(abc_to_midi(abc))
+        midi = midi_notes(abc_to_midi(abc))
         other, other_voices = LakhMIDI.score_notes(LakhMIDI.read_score(
             run("abc2midi", strict_abc(abc).encode(), ".abc", ".mid")))
         f8 = note_f1(reference, tune.notes)
@@ -98,9 +102,9 @@ def fidelity(files, cfg, run, music21=0):
             "agree": note_f1(tune.notes, other, 1 / 48), "agree_FD": note_f1(tune.notes, other, 1 / 48, durations=True),
             "problems": len(tune.problems) > 0, "chars": len(abc), "notes": len(reference.pitch)})
         if music21 and i % max(1, len(files) // music21) == 0:
-            found = LakhMIDI.music21_notes(abc)
+            one_voice = tune.notes._replace(voice=np.zeros(len(tune.notes.pitch), int))  # as music21_notes returns them
             readers["files"] += 1
-            readers["same"] += note_f1(tune.notes, found, 1 / 48) > 0.999
+            readers["same"] += note_f1(one_voice, LakhMIDI.music21_notes(abc), 1 / 48) > 0.999
     table = {key: np.array([row[key] for row in rows], float) for key in rows[0]}
     mean = {key: float(table[key].mean()) for key in ("F8", "F16", "FD", "sound", "midi", "F8_abc2midi", "agree", "agree_FD")}
     return mean | {"files": len(files), "above_.99": float((table["F8"] > .99).mean()),
@@ -139,9 +143,9 @@ def rivals(files, run):
         scores, chars, notes = [], 0, 0
         for _, data in files:
             try:
-                reference = LakhMIDI.read_midi_notes(data)
+                reference = midi_notes(data)
                 abc = make(data)
-                scores.append(note_f1(reference, LakhMIDI.read_midi_notes(run("abc2midi", abc, ".abc", ".mid"))))
+                scores.append(note_f1(reference, midi_notes(run("abc2midi", abc, ".abc", ".mid"))))
                 chars, notes = chars + len(abc), notes + len(reference.pitch)
             except (Rejected, OSError, RuntimeError, subprocess.SubprocessError):
                 scores.append(0.0)  # no text, or none that abc2midi reads
