@@ -854,24 +854,24 @@ def extract(cfg):
 # 4 Convert: data_lakh/midi/ -> data_lakh/abc/, report.jsonl
 # ============================================================================================================
 # MIDI file -> Notes in beats -> ticks on a grid -> chords in layers -> pieces within one bar -> text, and back.
-# A beat is a quarter note whatever the metre says. What the text looks like:
+# A beat is a quarter note whatever the metre says. A line of text is a bar:
 #
 #   X:1
-#   L:1/8                                  the length of a note without a number
+#   L:1/8                              the length of a note without a number
 #   M:4/4
 #   Q:1/4=127
 #   K:D
-#   V:1 octave=1                           a voice per track and instrument, read an octave higher
+#   V:1 octave=1                       a voice per track and instrument, read an octave higher
 #   %%MIDI program 73
 #   V:2
-#   %%MIDI channel 10                      drums
+#   %%MIDI channel 10                  drums
 #   K:G
-#   [V:1]A,,8&BB2GG2BB|[V:2]F2F2F2F2|      a line is a bar: & stacks layers that overlap
-#   [V:1]G,,8-|                            a silent voice is not written; - ties over the bar line
-#   [V:1]G,,8|[V:2]Z1|C8|                  Zn stands for the bars that this voice has missed
+#   [V:1]A,,8&BB2GG2BB|                & stacks layers that overlap; the silent voice 2 is left out
+#   [V:1]G,,8-|                        - ties a note to the next bar
+#   [V:1]G,,8|[V:2]Z2|F8|              Z2: the two bars that voice 2 has missed
 #
-# Any ABC program plays it. An accidental is written wherever the key lacks it, and where a bar has a letter in
-# two forms both are marked: what a note means never depends on the rest of the bar.
+# Any ABC program plays it. An accidental is written wherever the key lacks it, and where a bar has a letter in two
+# forms both are marked: so it does not matter how long a reader lets accidentals last.
 
 BEAT = 48  # ticks per beat: the grids of 1/16 beat (3 ticks), 1/8 (6) and of triplets (1/6, 8) are all exact
 MAX_BEATS = 20_000
@@ -958,23 +958,24 @@ def is_metre(num, den):
 
 
 def bar_lines(changes, end):
-    """Metres [(beat, numerator, denominator)], length in ticks -> bar lines (B + 1,) in ticks, metres by bar.
+    """Metres [(beat, numerator, denominator)], length in ticks -> bar lines (B + 1,) in ticks, {bar: new metre}.
 
     A metre that changes inside a bar counts from the next bar on.
     """
-    changes = [(beat * BEAT - BEAT // 8, num, den) for beat, num, den in sorted(changes) if is_metre(num, den)]
-    lines, metres, num, den = [0], {0: (4, 4)}, 4, 4
+    changes = sorted(change for change in changes if is_metre(*change[1:]))
+    lines, metres, current, metre = [0], {}, None, (4, 4)
     while lines[-1] < end:
-        while changes and changes[0][0] <= lines[-1]:
-            _, num, den = changes.pop(0)
-            metres[len(lines) - 1] = num, den
-        lines.append(lines[-1] + 4 * BEAT * num // den)
+        while changes and changes[0][0] * BEAT <= lines[-1] + BEAT // 8:
+            metre = changes.pop(0)[1:]
+        if metre != current:
+            metres[len(lines) - 1] = current = metre
+        lines.append(lines[-1] + 4 * BEAT * metre[0] // metre[1])
     return np.array(lines), metres
 
 
 def bar_tempos(changes, bars):
     """Tempos [(beat, quarter notes per minute)], bar lines in ticks -> (mean tempo of each bar (B,), seconds in all)."""
-    beat, qpm = np.array([(0, 120), *sorted(changes), (2 * MAX_BEATS, 120)]).T
+    beat, qpm = np.array([(0, 120), *sorted(c for c in changes if c[0] < MAX_BEATS), (2 * MAX_BEATS, 120)]).T
     seconds = np.interp(bars / BEAT, beat, np.cumsum([0, *np.diff(beat) * 60 / qpm[:-1]]))
     return 60 / BEAT * np.diff(bars) / np.diff(seconds), seconds[-1]
 
@@ -1294,11 +1295,11 @@ def score_to_abc(score, notes, voices, cfg):
     notes = merge_duplicates(notes)
     metres = [(sign.time / score.tpq, sign.numerator, sign.denominator) for sign in score.time_signatures]
     bars, metres = bar_lines(metres, int((length + 1) * BEAT))
+    if len(voices) * len(bars) > MAX_CELLS:
+        raise Rejected("too_many_voices", f"{len(voices)}")
     step, swing = choose_grid(notes.onset, notes.voice * 128 + notes.pitch)
     triplet = triplet_beats(notes, bars, step) & swing
     voice, pitch, start, end = grid_notes(notes, step, triplet)
-    if len(voices) * len(bars) > MAX_CELLS:
-        raise Rejected("too_many_voices", f"{len(voices)}")
     _, end = layer_notes((voice, pitch, start, end), np.full(len(voices), LAYERS))
     drums = np.array([drum for _, drum in voices])[notes.voice]
     key = choose_key(notes.pitch[~drums])
@@ -1323,13 +1324,13 @@ def midi_to_abc(source, cfg):
 
 # --- reading ABC back
 
+TOKEN = re.compile(r"\[([A-Za-z]):([^]]*)\]"  # field
+                   r"|(\[[^]|&]*\]?|[_^=]{0,2}[A-Ga-g][,']*|[zx])(\d*/*\d*)(-?)"  # chord, note or rest; length; tie
+                   r"|([|&])|\((\d)(?::(\d*))?(?::(\d*))?"  # end of a bar or layer; (p:q:r
+                   r"|Z(\d*)\s*(\|?)|\S")  # silent bars; anything else
 NOTE = re.compile(r"([_^=]{0,2})([A-Ga-g])([,']*)(?:\d*/*\d*)(-?)")
-TOKEN = re.compile(r"(\[[^]]*\]?|[_^=]{0,2}[A-Ga-g][,']*|[zx])(\d*/*\d*)(-?)"  # chord or note, length, tie
-                   r"|\((\d)(?::(\d*))?(?::(\d*))?|(\S)")  # (p:q:r, anything else
-FIELD = re.compile(r"\[([A-Za-z]):([^]]*)\]")
-MISSED = re.compile(r"\s*Z(\d*)\s*")
 # what other people's ABC has besides notes: chord names, decorations, grace notes, endings, repeats, comments
-ORNAMENT = re.compile(r"\"[^\"]*\"|![^!]*!|\{[^}]*\}|\[\d|(?<=\|)\d|:+(?=\|)|(?<=\|):+|[~.`\\]|%.*")
+ORNAMENT = re.compile(r"\"[^\"]*\"|![^!]*!|\{[^}]*\}|\[\d|(?<=\|)\d|:+(?=\|)|(?<=\|):+|(?<=\|)\]|[~.`\\]|%.*")
 MODES = {"m": -3, "min": -3, "aeo": -3, "dor": -2, "mix": -1, "lyd": 1, "phr": -4, "loc": -5}
 
 
@@ -1338,6 +1339,7 @@ def whole(text, default=1, most=9999):
     return min(int(text[:5]), most) if text and text.isdecimal() else default
 
 
+@functools.lru_cache(maxsize=4096)
 def length_value(text):
     """'3/2', '/', '//' ... -> multiple of the unit length."""
     num, slash, den = text.partition("/")
@@ -1364,49 +1366,30 @@ def chord_value(text, sharps, octave):
     return notes
 
 
-@functools.lru_cache(maxsize=4096)  # music repeats itself: many bars of a song have been read before
-def read_layer(music, unit, sharps, octave):
-    """One layer of one bar -> ([(position, length, pitch, tied)] in beats, its length, slugs of problems)."""
-    notes, problems, position, left, factor = [], [], 0.0, 0, 1.0
-    for text, length, tie, p, q, r, _ in TOKEN.findall(music):
-        if text:
-            beats = unit * length_value(length) * (factor if left > 0 else 1)
-            left -= 1
-            notes += [(position, beats, pitch, bool(tie or own)) for pitch, own in chord_value(text, sharps, octave)]
-            position += beats
-            if text[0] == "[" and text[-1] != "]":
-                problems.append("open_bracket")
-        elif p:
-            left = whole(r, 0) or whole(p)
-            factor = (whole(q, 0) or (3 if p in "248" else 2)) / max(1, whole(p))
-        else:
-            problems.append("bad_char")
-    return notes, position, problems + ["open_tuplet"] * (left > 0)
-
-
 class Reader:
     """Reads ABC line by line; what it can't read it skips and lists in `problems`.
 
-    There are two layouts. Inline: each line is a bar of several voices, as midi_to_abc writes it. Otherwise bars of
-    any length follow each other in each voice.
+    There are two layouts. Inline: a line is a bar of several voices, as midi_to_abc writes it, and its notes are
+    placed in that bar whatever went wrong before. Otherwise bars of any length follow each other in each voice.
     """
 
     def __init__(self, text):
         self.inline = "[V:" in text
         self.metre, self.key, self.name, self.voices = 4.0, "", "1", {}
-        self.default = SimpleNamespace(unit=0.5, sharps=0, program=0, drum=False, octave=0, bars=0, clock=0.0)
-        self.bar, self.clock, self.played = 0, 0.0, set()  # inline: the bar of this line, who has played in it
+        self.unit, self.sharps = 0.5, 0  # of voices to come
+        self.bar, self.clock, self.played = 0, 0.0, set()  # inline: number and beat of this bar, who has played in it
         self.number, self.rows, self.tempos, self.metres, self.problems = 0, [], [], [], []
 
     @property
     def voice(self):
-        """The current voice, made when it is new."""
+        """The current voice, made when it is new. Its bar started at beat `start` and is read up to `now`."""
         if self.name not in self.voices:
-            self.voices[self.name] = SimpleNamespace(index=len(self.voices), **vars(self.default))
+            self.voices[self.name] = SimpleNamespace(index=len(self.voices), unit=self.unit, sharps=self.sharps, octave=0,
+                                                     program=0, drum=False, bars=0, start=0.0, now=0.0, end=0.0)
         return self.voices[self.name]
 
-    def report(self, slug):
-        self.problems.append((self.number, slug))
+    def report(self, slug, wrong=True):
+        self.problems += [(self.number, slug)] * bool(wrong)
 
     def read_line(self, line):
         words = line.split()
@@ -1417,95 +1400,98 @@ class Reader:
         elif line[1:2] == ":" and line[0].isalpha() and not (self.inline and "|" in line):
             self.read_field(line[0], line[2:])
         elif words and line[0] != "%":
-            self.read_music(line)
+            self.read_music(line if self.inline else ORNAMENT.sub("", line))
 
     def read_field(self, letter, value):
         """An information field. K: and L: are for all voices up to the first K:, then for the current one."""
         fraction = re.match(r"\s*(\d+)/(\d+)\s*(?:=\s*(\d+))?", value)
         num, den, per_minute = (whole(x, 0) for x in fraction.groups()) if fraction else (0, 0, 0)
-        clock = self.clock if self.inline or not self.key else self.voice.clock
-        voices = [self.voice] if self.key else [self.default, *self.voices.values()]
+        clock = self.clock if self.inline or not self.key else self.voice.start
         if letter == "L" and num and den:
-            for voice in voices:
-                voice.unit = 4 * num / den
+            (self.voice if self.key else self).unit = 4 * num / den
         elif letter == "M":
             num, den = (num, den) if fraction else (2, 2) if "C|" in value else (4, 4)
+            self.report("bad_field", not is_metre(num, den))
             if is_metre(num, den):
                 self.metre = 4 * num / den
                 self.metres.append((clock, num, den))
-            else:
-                self.report("bad_field")
         elif letter == "Q":
             qpm = 4 * num / den * per_minute if den else whole(value.strip(), 120)
             self.tempos.append((clock, min(max(qpm, 4), 6000)))
         elif letter == "K":
+            (self.voice if self.key else self).sharps = key_sharps(value)
             self.key = self.key or value.strip() or "C"
-            for voice in voices:
-                voice.sharps = key_sharps(value)
         elif letter == "V":
             self.name = (value.split() or ["1"])[0]
             if octave := re.search(r"octave=(-?\d)", value):
                 self.voice.octave = int(octave[1])
 
-    def next_bar(self, bars=1):
-        self.bar, self.clock, self.played = self.bar + bars, self.clock + bars * self.metre, set()
-
     def read_music(self, line):
-        """A line of music. Inline it is the next bar, unless voices say that they are one before or behind.
-
-        That puts right a line break that was lost or added.
-        """
-        before, *rest = FIELD.split(line)
-        segments = list(zip(rest[::3], rest[1::3], rest[2::3], strict=True))
+        """A line of music; inline, a bar."""
         if self.inline:
-            due = [self.voices[name].bars for letter, name, music in segments
-                   if letter == "V" and name in self.voices and not MISSED.match(music)]
-            votes = Counter([*(bar for bar in due if abs(bar - self.bar) == 1), *(bar for bar in due if bar == self.bar)])
-            self.next_bar(votes.most_common(1)[0][0] - self.bar if votes else 0)
-        if before.strip():
-            self.read_bars(before)
-        for letter, value, music in segments:
-            self.read_field(letter, value)
-            if music.strip():
-                self.read_bars(music)
+            self.voice.start = self.voice.now = self.clock
+        left, factor = 0, 1.0  # of a tuplet: notes to come, what their lengths are multiplied with
+        for letter, value, text, length, tie, end, p, q, r, missed, silent in TOKEN.findall(line):
+            voice = self.voice
+            if text:
+                beats = voice.unit * length_value(length) * (factor if left > 0 else 1)
+                left -= 1
+                fits = min(beats, self.clock + self.metre - voice.now) if self.inline else beats
+                if fits > 1e-6:  # what hangs over the bar line is cut off
+                    self.rows += [(voice.index, voice.now, fits, pitch, bool(tie or own), self.number)
+                                  for pitch, own in chord_value(text, voice.sharps, voice.octave)]
+                voice.now += beats
+                self.report("open_bracket", text[0] == "[" and text[-1] != "]")
+            elif end:
+                self.report("open_tuplet", left > 0)
+                left = 0
+                self.end_layer(voice, end)
+            elif letter:
+                self.change_voice(value) if letter == "V" else self.read_field(letter, value)
+            elif p:
+                left = whole(r, 0) or whole(p)
+                factor = (whole(q, 0) or (3 if p in "248" else 2)) / max(1, whole(p))
+            elif silent or missed:
+                voice.bars += whole(missed)
+                voice.start = voice.now = voice.now + (not self.inline) * self.metre * whole(missed)
+            else:
+                self.report("bad_char")
         if self.inline:
             self.next_bar()
 
-    def read_bars(self, music):
-        """The bars of the current voice in a line. Inline it is one: a bar line too early is ignored."""
-        voice = self.voice
-        if self.inline:
-            if voice.index in self.played:  # a line break was lost
-                self.next_bar()
-            self.played.add(voice.index)
-            voice.clock = self.clock
-        *bars, rest = (music if self.inline else ORNAMENT.sub("", music)).split("|")
-        if rest.strip():
-            bars.append(rest)
-            self.problems += [(self.number, "no_bar_line")] * self.inline
-        for bar in bars:
-            missed = MISSED.fullmatch(bar)
-            if not missed:
-                self.read_bar(voice, bar)
-            elif not self.inline:
-                voice.clock += self.metre * whole(missed[1])
-            voice.bars += whole(missed[1]) if missed else not self.inline
-        if self.inline:
-            if voice.bars != self.bar:
-                self.report("silent_bars")
+    def end_layer(self, voice, end):
+        """At & or |: a layer must fill a bar. Inline, a bar line too early is ignored."""
+        length = voice.now - voice.start
+        voice.end = max(voice.end, voice.now)
+        self.report("bar_length", abs(length - self.metre) > 1e-6 and (length or self.inline))  # || is no bar
+        if end == "&":
+            voice.now = voice.start
+        elif self.inline:
+            self.report("silent_bars", voice.bars != self.bar)
             voice.bars = self.bar + 1
+            voice.now = voice.start if length > self.metre - 1e-6 else voice.now
+        elif voice.end > voice.start:
+            voice.start = voice.now = voice.end
+            voice.bars += 1
 
-    def read_bar(self, voice, bar):
-        """A bar or, inline, a part of one: what hangs over is cut off, and what follows starts again."""
-        longest, left = 0.0, self.clock + self.metre - voice.clock if self.inline else MAX_BEATS
-        for layer in bar.split("&"):
-            notes, length, problems = read_layer(layer, voice.unit, voice.sharps, voice.octave)
-            self.rows += [(voice.index, voice.clock + position, min(beats, left - position), pitch, tied, self.number)
-                          for position, beats, pitch, tied in notes if position < left - 1e-6]
-            longest = max(longest, length)
-            for slug in [*problems, *["bar_length"] * (abs(length - self.metre) > 1e-6)]:
-                self.report(slug)
-        voice.clock = voice.clock + longest if longest < left - 1e-6 else self.clock
+    def change_voice(self, value):
+        """Inline: another voice has its turn in this bar, or in the next one if it had one: a line break was lost."""
+        self.close_bar()
+        self.read_field("V", value)
+        if self.name in self.played:
+            self.next_bar()
+        self.played.add(self.name)
+        self.voice.start = self.voice.now = self.clock
+
+    def close_bar(self):
+        if self.voice.now > self.voice.start:
+            self.report("no_bar_line")
+            self.end_layer(self.voice, "|")
+            self.voice.now = self.voice.start
+
+    def next_bar(self):
+        self.close_bar()
+        self.bar, self.clock, self.played = self.bar + 1, self.clock + self.metre, set()
 
 
 def merge_ties(rows):
@@ -1624,7 +1610,10 @@ def abc2midi_notes(text):
 
 def note_f1(reference, candidate, onset_tolerance=1 / 8, durations=False):
     """F1 of notes matched by pitch and onset (and length within 20 % or 1/8 beat), a voice's duplicates merged."""
-    a, b = (sorted_notes(notes) for notes in (reference, candidate))
+    a, b = ([(pitch, onset, duration) for _, onset, duration, pitch in zip(*map(np.ndarray.tolist, notes), strict=True)]
+            for notes in map(merge_duplicates, (reference, candidate)))
+    a.sort()
+    b.sort()
     i = j = hits = 0
     while i < len(a) and j < len(b):
         (pitch, onset, duration), (other_pitch, other_onset, other_duration) = a[i], b[j]
@@ -1636,12 +1625,6 @@ def note_f1(reference, candidate, onset_tolerance=1 / 8, durations=False):
         else:
             j += 1
     return 2 * hits / (len(a) + len(b)) if len(a) + len(b) else 1.0
-
-
-def sorted_notes(notes):
-    """[(pitch, onset, duration)] sorted, a voice's duplicates merged."""
-    _, onset, duration, pitch = merge_duplicates(notes)
-    return sorted(zip(pitch.tolist(), onset.tolist(), duration.tolist(), strict=True))
 
 
 def convert_one(data, cfg):
@@ -1801,6 +1784,7 @@ def convert(cfg):
     reasons = Counter(row.get("reason", "") for row in itertools.islice(read_rows(journal), 1, None))
     accepted = reasons.pop("", 0)
     need(len(files) == accepted + reasons.total(), "the books of the conversion do not balance")
+    need(accepted, f"no MIDI file became ABC: {dict(reasons)}")
     signatures = np.lib.format.open_memmap(cfg.abc_root / "signatures.npy", "w+", "<u4", (accepted, NUM_PERM))
     with atomic_path(report) as partial, open(partial, "w", encoding="utf-8", newline="\n") as out:
         place = itertools.count()
