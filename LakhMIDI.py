@@ -853,7 +853,7 @@ def extract(cfg):
 # ============================================================================================================
 # 4 Convert: data_lakh/midi/ -> data_lakh/abc/, report.jsonl
 # ============================================================================================================
-# MIDI file -> Notes in beats -> ticks on a grid -> chords in layers -> pieces within one bar -> text, and back.
+# MIDI file -> Notes in beats -> ticks on a grid -> chords in layers -> pieces within a bar -> text, and back.
 # A beat is a quarter note whatever the metre says. A line of text is a bar:
 #
 #   X:1
@@ -870,8 +870,8 @@ def extract(cfg):
 #   [V:1]G,,8-|                        - ties a note to the next bar
 #   [V:1]G,,8|[V:2]Z2|F8|              Z2: the two bars that voice 2 has missed
 #
-# Any ABC program plays it. An accidental is written wherever the key lacks it, and where a bar has a letter in two
-# forms both are marked: so it does not matter how long a reader lets accidentals last.
+# Any ABC program plays it. An accidental is written wherever the key lacks it, and where a bar has a letter
+# in two forms both are marked: so it does not matter how long a reader lets accidentals last.
 
 BEAT = 48  # ticks per beat: the grids of 1/16 beat (3 ticks), 1/8 (6) and of triplets (1/6, 8) are all exact
 MAX_BEATS = 20_000
@@ -958,7 +958,7 @@ def is_metre(num, den):
 
 
 def bar_lines(changes, end):
-    """Metres [(beat, numerator, denominator)], length in ticks -> bar lines (B + 1,) in ticks, {bar: new metre}.
+    """Metres [(beat, numerator, denominator)], length in ticks -> (ticks of bar lines, {bar: metre}).
 
     A metre that changes inside a bar counts from the next bar on.
     """
@@ -974,7 +974,7 @@ def bar_lines(changes, end):
 
 
 def bar_tempos(changes, bars):
-    """Tempos [(beat, quarter notes per minute)], bar lines in ticks -> (mean tempo of each bar (B,), seconds in all)."""
+    """Tempos [(beat, quarters per minute)], ticks of bar lines -> (mean tempo of each bar (B,), seconds)."""
     beat, qpm = np.array([(0, 120), *sorted(c for c in changes if c[0] < MAX_BEATS), (2 * MAX_BEATS, 120)]).T
     seconds = np.interp(bars / BEAT, beat, np.cumsum([0, *np.diff(beat) * 60 / qpm[:-1]]))
     return 60 / BEAT * np.diff(bars) / np.diff(seconds), seconds[-1]
@@ -987,9 +987,9 @@ def choose_grid(onset, key):
     """Step in ticks for a file, and whether it has triplets; `onset` ascends within each `key`."""
     same = key[1:] == key[:-1]
     merged = [np.count_nonzero(same & (np.diff(np.rint(onset * n)) == 0)) for n in (8, 16)]
-    on8, on6 = (np.abs(onset - np.rint(onset * n) / n) < 1 / 200 for n in (8, 6))  # performed music is seldom on either
-    triplets = np.mean(on8 | on6) > 0.9 and 0.01 < np.mean(on6 & ~on8) < 0.7  # more of them: the beat is elsewhere
-    return 3 if merged[0] - merged[1] > 0.006 * len(onset) else 6, triplets
+    step = 3 if merged[0] - merged[1] > 0.006 * len(onset) else 6
+    on8, on6 = (np.abs(onset - np.rint(onset * n) / n) < 1 / 200 for n in (8, 6))  # seldom so if performed
+    return step, np.mean(on8 | on6) > 0.9 and 0.01 < np.mean(on6 & ~on8) < 0.7  # more: the beat is elsewhere
 
 
 def triplet_beats(notes, bars, step):
@@ -1015,37 +1015,39 @@ def snap_ends(voice, start, end, duration):
 
     Only as far as the length stays within 1/8 beat or 20 % of `duration`, the true one in ticks.
     """
-    span = int(end.max()) + MAX_BEATS  # keeps the voices apart
+    span = 2 * MAX_BEATS * BEAT  # keeps the voices apart
     onsets = np.append(np.unique(voice * span + start), 2**60)
     after = np.searchsorted(onsets, voice * span + end)
+    slack = np.maximum(BEAT / 8, duration / 5) + 1e-6
     for onset in (onsets[after - 1], onsets[after]):
         target = onset - voice * span
-        fits = (np.abs(target - start - duration) <= np.maximum(BEAT / 8, duration / 5) + 1e-6) & (target > start)
-        end = np.where(fits, target, end)
+        end = np.where((np.abs(target - start - duration) <= slack) & (target > start), target, end)
     return end
 
 
 def grid_notes(notes, step, triplet):
-    """Notes by voice, pitch, onset -> (voice, pitch, start, end) in ticks; a pitch of a voice sounds once at a time."""
+    """Notes by voice, pitch, onset -> (voice, pitch, start, end) in ticks; a pitch never overlaps itself."""
     key = notes.voice * 128 + notes.pitch
     start = quantise(notes.onset, notes.voice, step, triplet)
     if step == 3:  # a second stroke within one step moves to the next, still within 1/8 beat
-        start += step * np.append(False, (np.diff(key) == 0) & (np.diff(start) == 0) & (start[1:] % step == 0))
+        again = np.append(False, (np.diff(key) == 0) & (np.diff(start) == 0))
+        start = start + step * (again & (start % step == 0))
     end = np.maximum(quantise(notes.onset + notes.duration, notes.voice, step, triplet), start + step)
-    first = np.flatnonzero(np.append(True, (np.diff(key) != 0) | (np.diff(start) != 0)))  # one stroke per step
+    first = np.flatnonzero(np.append(True, (np.diff(key) != 0) | (np.diff(start) != 0)))  # a stroke per step
     end, duration = np.maximum.reduceat(end, first), np.maximum.reduceat(notes.duration, first) * BEAT
     voice, pitch, start, key = notes.voice[first], notes.pitch[first], start[first], key[first]
     end = snap_ends(voice, start, end, duration)
-    end = np.where(triplet[voice, (end - 1) // BEAT], -(-end // 8) * 8, end)  # a step may have left the 1/6 grid
-    again = np.append(np.where(np.diff(key) == 0, start[1:], 2**60), 2**60)
-    return voice, pitch, start, np.minimum(end, again)
+    end = np.where(triplet[voice, (end - 1) // BEAT], -(-end // 8) * 8, end)  # start + step may be off 1/6
+    struck = np.append(np.where(np.diff(key) == 0, start[1:], 2**60), 2**60)
+    return voice, pitch, start, np.minimum(end, struck)
 
 
 def layer_notes(notes, most, alone=0):
-    """Notes (voice, pitch, start, end) in ticks -> (layer of each note within its voice, new ends), (N,) both.
+    """Notes (voice, pitch, start, end) in ticks -> (layer of each note within its voice, its new end), (N,).
 
-    Notes of equal start and end are a chord, `alone` ones excepted; the chords of a layer do not overlap. A voice has
-    at most `most` (voices,) layers: of chords that start together those beyond end with the last one within.
+    Notes of equal start and end are a chord, `alone` ones excepted; the chords of a layer do not overlap. A
+    voice has at most `most` (voices,) layers: of chords that start together those beyond end with the last
+    one within.
     """
     voice, pitch, start, end = notes
     span = int(end.max()) + 1
@@ -1058,7 +1060,7 @@ def layer_notes(notes, most, alone=0):
 
 
 def assign_layers(group, start, end, most):
-    """Events by group, start, end -> (layer of each, ends): events of a group that overlap get different layers.
+    """Events by group, start, end -> (layer of each, ends): what overlaps in a group gets different layers.
 
     Where all `most` (groups,) layers sound, what would end first is cut.
     """
@@ -1136,14 +1138,14 @@ def choose_units(voice, length, n_voices):
     """Lengths in ticks -> (n of L:1/n for the file, n for each voice): those that write them shortest."""
     lengths, which = np.unique(length, return_inverse=True)
     count = np.bincount(voice * len(lengths) + which, minlength=n_voices * len(lengths)).reshape(n_voices, -1)
-    cost = count @ [[len(length_text(ticks, 4 * BEAT // unit)) for unit in UNITS] for ticks in lengths.tolist()]
+    cost = count @ [[len(length_text(t, 4 * BEAT // unit)) for unit in UNITS] for t in lengths.tolist()]
     common, best = cost.sum(0).argmin(), cost.argmin(1)
     best = np.where(cost.min(1) + len("\nL:1/16") < cost[:, common], best, common)
     return UNITS[common], [UNITS[i] for i in best.tolist()]
 
 
 def cut_pieces(voice, start, end, bars, triplet):
-    """Spans of time cut at bar lines and where they enter or leave a triplet beat half-way -> (index, start, end)."""
+    """Spans cut at bar lines and at borders of triplet beats entered or left -> (index, start, end)."""
     index, pieces, has_triplets = np.arange(len(start)), [], triplet.any()
     while len(index) or not pieces:
         stop = np.minimum(end, bars[np.searchsorted(bars, start, "right")])
@@ -1152,7 +1154,7 @@ def cut_pieces(voice, start, end, bars, triplet):
             enters = triplet[voice[index], (stop - 1) // BEAT] & (stop % BEAT != 0)
             border = np.where(leaves, start // BEAT + 1, stop // BEAT) * BEAT
             stop = np.where((leaves | enters) & (start < border) & (border < stop), border, stop)
-            stop = np.where((leaves | enters) & (stop - start == 40), stop - 8, stop)  # no note lasts 5/6 beat
+            stop = np.where((leaves | enters) & (stop - start == 40), stop - 8, stop)  # no note is 5/6 long
         pieces.append((index, start, stop))
         more = stop < end
         index, start, end = index[more], stop[more], end[more]
@@ -1160,7 +1162,7 @@ def cut_pieces(voice, start, end, bars, triplet):
 
 
 def fill_rests(line, start, end, lines, opens, closes):
-    """Pieces, and all lines with the ticks in which they open and close -> the rests (line, start, end) between."""
+    """Pieces, and all lines with the ticks where they open and close -> the rests (line, start, end)."""
     line, start, end = np.append(line, lines), np.append(start, closes), np.append(end, closes)
     order = np.lexsort((start, line))
     line, start, end = line[order], start[order], end[order]
@@ -1180,14 +1182,15 @@ def write_tuplets(line, start, end):
     first = np.flatnonzero(inside & np.append(True, beat[1:] != beat[:-1]))
     count = np.searchsorted(beat, beat[first], "right") - first
     prefixes = ["(3" if n == 3 else f"(3:2:{n}" for n in count.tolist()]
-    return np.where(inside, (end - start) * 3 // 2, end - start), dict(zip(first.tolist(), prefixes, strict=True))
+    length = np.where(inside, (end - start) * 3 // 2, end - start)
+    return length, dict(zip(first.tolist(), prefixes, strict=True))
 
 
 def write_chords(notes, bars, triplet, keys, octaves):
-    """Notes (voice, pitch, start, end) in ticks -> (text, tied, group, start, end) of the chords that bars are made of.
+    """Notes (voice, pitch, start, end) in ticks -> (texts, tied, group, start, end) of chords within bars.
 
-    Groups number the bars of all voices: bar * voices + voice. With keys None, the strict export, no chord is tied:
-    it ends there.
+    Groups number the bars of all voices: bar * voices + voice. With keys None, the strict export, a chord
+    ends where it would be tied.
     """
     voice, pitch, start, end = notes
     span = int(np.diff(bars).max()) + 1
@@ -1203,7 +1206,8 @@ def write_chords(notes, bars, triplet, keys, octaves):
     if keys is None:
         tied &= np.repeat(size == 1, size)
         keep = (size == 1) | (low == start[index])[heads]
-    names, all_tied = name_notes(voice[index], pitch[index], group, keys, octaves), np.minimum.reduceat(tied, heads)
+    names = name_notes(voice[index], pitch[index], group, keys, octaves)
+    all_tied = np.minimum.reduceat(tied, heads)
     for i in np.flatnonzero(tied & ~np.repeat(all_tied, size)).tolist():
         names[i] += "-"  # within the chord
     texts = [names[i] if n == 1 else f"[{''.join(names[i:i + n])}]"
@@ -1212,9 +1216,9 @@ def write_chords(notes, bars, triplet, keys, octaves):
 
 
 def write_cells(notes, bars, triplet, keys, octaves):
-    """Notes (voice, pitch, start, end) in ticks -> (n of L:1/n, n of each voice, [(bar, voice, text)] in order).
+    """Notes (voice, pitch, start, end) in ticks -> (n of L:1/n, n of each voice, [(bar, voice, text)]).
 
-    A cell is the music of a voice in one bar: layer&layer. With keys None, the strict export, no cell is left out.
+    A cell is the music of a voice in a bar: layer&layer. With keys None, the strict export, none is left out.
     """
     n_voices = len(octaves)
     texts, tied, group, start, end = write_chords(notes, bars, triplet, keys, octaves)
@@ -1249,7 +1253,7 @@ def write_cells(notes, bars, triplet, keys, octaves):
 
 
 def write_body(cells, fields, n_voices):
-    """Cells -> text: a line per bar, [V:n] for each voice that sounds in it, Zn for the bars that it has missed."""
+    """Cells -> text: a line per bar, [V:n] for each voice that sounds, Zn for the bars that it has missed."""
     lines, due = {}, [0] * n_voices  # the bar that each voice has to write next
     for bar, voice, music in cells:
         missed = f"Z{bar - due[voice]}|" if due[voice] < bar else ""
@@ -1303,14 +1307,16 @@ def score_to_abc(score, notes, voices, cfg):
     _, end = layer_notes((voice, pitch, start, end), np.full(len(voices), LAYERS))
     drums = np.array([drum for _, drum in voices])[notes.voice]
     key = choose_key(notes.pitch[~drums])
-    octaves = np.rint((np.bincount(voice, pitch) / np.bincount(voice) - 71.5) / 12).astype(int).tolist()  # C ... b
+    middle = np.bincount(voice, pitch) / np.bincount(voice)
+    octaves = np.rint((middle - 71.5) / 12).astype(int).tolist()  # C ... b need no octave marks
     keys = [DRUM_KEY if drum else key for _, drum in voices]
     unit, units, cells = write_cells((voice, pitch, start, end), bars, triplet, keys, octaves)
     tempos = [(tempo.time / score.tpq, 6e7 / max(1, tempo.mspq)) for tempo in score.tempos]
     n_bars = cells[-1][0] + 1
     tempos, seconds = bar_tempos(tempos, bars[:n_bars + 1])
     fields = header_fields(metres, tempos)
-    abc = write_header(voices, octaves, unit, units, key, fields.pop(0)) + write_body(cells, fields, len(voices))
+    abc = write_header(voices, octaves, unit, units, key, fields.pop(0))
+    abc += write_body(cells, fields, len(voices))
     if len(abc) > cfg.MAX_ABC_CHARS:
         raise Rejected("too_many_chars", f"{len(abc)}")
     return {"abc": abc, "n_bars": n_bars, "seconds": float(seconds)}
@@ -1325,7 +1331,7 @@ def midi_to_abc(source, cfg):
 # --- reading ABC back
 
 TOKEN = re.compile(r"\[([A-Za-z]):([^]]*)\]"  # field
-                   r"|(\[[^]|&]*\]?|[_^=]{0,2}[A-Ga-g][,']*|[zx])(\d*/*\d*)(-?)"  # chord, note or rest; length; tie
+                   r"|(\[[^]|&]*\]?|[_^=]{0,2}[A-Ga-g][,']*|[zx])(\d*/*\d*)(-?)"  # chord or note, length, tie
                    r"|([|&])|\((\d)(?::(\d*))?(?::(\d*))?"  # end of a bar or layer; (p:q:r
                    r"|Z(\d*)\s*(\|?)|\S")  # silent bars; anything else
 NOTE = re.compile(r"([_^=]{0,2})([A-Ga-g])([,']*)(?:\d*/*\d*)(-?)")
@@ -1369,23 +1375,24 @@ def chord_value(text, sharps, octave):
 class Reader:
     """Reads ABC line by line; what it can't read it skips and lists in `problems`.
 
-    There are two layouts. Inline: a line is a bar of several voices, as midi_to_abc writes it, and its notes are
-    placed in that bar whatever went wrong before. Otherwise bars of any length follow each other in each voice.
+    There are two layouts. Inline: a line is a bar of several voices, as midi_to_abc writes it, and its notes
+    are placed in that bar whatever went wrong before. Otherwise bars follow each other in each voice.
     """
 
     def __init__(self, text):
         self.inline = "[V:" in text
         self.metre, self.key, self.name, self.voices = 4.0, "", "1", {}
         self.unit, self.sharps = 0.5, 0  # of voices to come
-        self.bar, self.clock, self.played = 0, 0.0, set()  # inline: number and beat of this bar, who has played in it
+        self.bar, self.clock, self.played = 0, 0.0, set()  # inline: this bar, its beat, who has played in it
         self.number, self.rows, self.tempos, self.metres, self.problems = 0, [], [], [], []
 
     @property
     def voice(self):
         """The current voice, made when it is new. Its bar started at beat `start` and is read up to `now`."""
         if self.name not in self.voices:
-            self.voices[self.name] = SimpleNamespace(index=len(self.voices), unit=self.unit, sharps=self.sharps, octave=0,
-                                                     program=0, drum=False, bars=0, start=0.0, now=0.0, end=0.0)
+            self.voices[self.name] = SimpleNamespace(
+                index=len(self.voices), unit=self.unit, sharps=self.sharps, octave=0, program=0, drum=False,
+                bars=0, start=0.0, now=0.0, end=0.0)
         return self.voices[self.name]
 
     def report(self, slug, wrong=True):
@@ -1475,7 +1482,7 @@ class Reader:
             voice.bars += 1
 
     def change_voice(self, value):
-        """Inline: another voice has its turn in this bar, or in the next one if it had one: a line break was lost."""
+        """Inline: the turn of another voice; if it had one in this bar a line break was lost."""
         self.close_bar()
         self.read_field("V", value)
         if self.name in self.played:
@@ -1495,7 +1502,7 @@ class Reader:
 
 
 def merge_ties(rows):
-    """Rows (voice, onset, duration, pitch, tied, line) -> (Notes by voice, onset, pitch; lines with a tie to nothing)."""
+    """Rows (voice, onset, duration, pitch, tied, line) -> (Notes by voice, onset; lines of open ties)."""
     table = np.array(rows, float).reshape(-1, 6)
     table = table[table[:, 1] < MAX_BEATS]
     voice, onset, duration, pitch, tied, line = table[np.lexsort((table[:, 1], table[:, 3], table[:, 0]))].T
@@ -1516,10 +1523,11 @@ def read_abc(text):
     for reader.number, line in enumerate(text.splitlines(), 1):
         reader.read_line(line)
     notes, open_ties = merge_ties(reader.rows)
-    problems = reader.problems + [(line, "open_tie") for line in open_ties] + [(0, "no_header")] * (not reader.key)
-    voices = reader.voices.values()
-    return Tune(notes, [(voice.program, voice.drum) for voice in voices], reader.key, reader.tempos, reader.metres,
-                max([voice.bars for voice in voices], default=0), problems)
+    problems = reader.problems + [(line, "open_tie") for line in open_ties]
+    problems += [(0, "no_header")] * (not reader.key)
+    voices = [(voice.program, voice.drum) for voice in reader.voices.values()]
+    n_bars = max([voice.bars for voice in reader.voices.values()], default=0)
+    return Tune(notes, voices, reader.key, reader.tempos, reader.metres, n_bars, problems)
 
 
 def abc_to_midi(text):
@@ -1550,20 +1558,23 @@ MAX_VOICES = 30  # abc2midi breaks on more
 def strict_abc(text):
     """Any ABC text -> an export that abc2midi and music21 read alike: V: blocks, all accidentals written.
 
-    abc2midi does not know lengths over anything but powers of two, more than 30 voices, 15 automatic channels or
-    about 50,000 notes in a voice; it takes a chord's length from its first note, starts the others late without
-    `chordattack 0`, and reads Q: in the first voice only. music21 does not know inline [V:], [K:] and [L:], Z, x,
-    &, octave=, %%MIDI; it strikes tied chords again and raises on an open [ and on 5/6 beat in a triplet.
-    Beyond 30 layers in all, chords of the voices with most of them are cut at the start of the next.
+    abc2midi does not know lengths over anything but powers of two, more than 30 voices, 15 automatic channels
+    or about 50,000 notes in a voice; it takes a chord's length from its first note, starts the others late
+    without `chordattack 0`, and reads Q: in the first voice only. music21 does not know inline [V:], [K:] and
+    [L:], Z, x, &, octave=, %%MIDI; it strikes tied chords again and raises on an open [ and on 5/6 beat in a
+    triplet. Where the layers of all voices are more than 30, chords of the fullest voices are cut at the
+    start of the next.
     """
     tune = read_abc(text)
-    notes, voices = merge_duplicates(tune.notes), tune.voices
-    if not len(notes.pitch):
+    if not len(tune.notes.pitch):
         return "X:1\nL:1/8\nM:4/4\nK:C\nz8|\n"
-    if len(voices) > MAX_VOICES:  # those of one sound are joined, drums first
-        sounds = sorted(set(voices), key=lambda sound: (not sound[1], sound))[:MAX_VOICES]
-        joined = np.array([sounds.index(sound) if sound in sounds else MAX_VOICES - 1 for sound in voices])
-        notes, voices = merge_duplicates(notes._replace(voice=joined[notes.voice])), sounds
+    used, voice = np.unique(tune.notes.voice, return_inverse=True)
+    voices = [tune.voices[i] for i in used.tolist()]
+    if len(voices) > MAX_VOICES:  # those of one sound are joined
+        sounds = sorted(set(voices))[-MAX_VOICES:]
+        voice = np.array([sounds.index(max(sound, sounds[0])) for sound in voices])[voice]
+        voices = sounds
+    notes = merge_duplicates(tune.notes._replace(voice=voice))
     bars, metres = bar_lines(tune.metres, int(((notes.onset + notes.duration).max() + 1) * BEAT))
     triplet = triplet_beats(notes, bars, 3)
     voice, pitch, start, end = grid_notes(notes, 3, triplet)
@@ -1575,15 +1586,14 @@ def strict_abc(text):
         while most.sum() > MAX_VOICES:
             most[most.argmax()] -= 1
     part = (np.cumsum(most) - most)[voice] + layer
-    triplet = np.repeat(triplet, most, axis=0)
-    unit, _, cells = write_cells((part, pitch, start, ends), bars, triplet, None, [0] * most.sum())
-    n_bars = cells[-1][0] + 1
-    fields = header_fields(metres, bar_tempos(tune.tempos, bars[:n_bars + 1])[0])
-    return write_strict(unit, cells, fields, [sound for sound, n in zip(voices, most, strict=True) for _ in range(n)])
+    triplet, sounds = np.repeat(triplet, most, axis=0), np.repeat(voices, most, axis=0).tolist()
+    unit, _, cells = write_cells((part, pitch, start, ends), bars, triplet, None, [0] * len(sounds))
+    fields = header_fields(metres, bar_tempos(tune.tempos, bars[:cells[-1][0] + 2])[0])
+    return write_strict(unit, cells, fields, sounds)
 
 
 def write_strict(unit, cells, fields, sounds):
-    """Cells -> text with a V: block, a line per bar, for each part; `sounds`: (program, is_drum) of the parts."""
+    """Cells -> text: a V: block for each part, a line per bar; `sounds`: (program, is_drum) of the parts."""
     lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields.pop(0)), "%%MIDI chordattack 0", "K:C"]
     channels = {}
     for part, (program, drum) in enumerate(sounds):
@@ -1609,11 +1619,9 @@ def abc2midi_notes(text):
 
 
 def note_f1(reference, candidate, onset_tolerance=1 / 8, durations=False):
-    """F1 of notes matched by pitch and onset (and length within 20 % or 1/8 beat), a voice's duplicates merged."""
-    a, b = ([(pitch, onset, duration) for _, onset, duration, pitch in zip(*map(np.ndarray.tolist, notes), strict=True)]
-            for notes in map(merge_duplicates, (reference, candidate)))
-    a.sort()
-    b.sort()
+    """F1 of notes matched by pitch and onset (length within 20 % or 1/8 beat), duplicates merged."""
+    a, b = (sorted(zip(notes.pitch.tolist(), notes.onset.tolist(), notes.duration.tolist(), strict=True))
+            for notes in (merge_duplicates(reference), merge_duplicates(candidate)))
     i = j = hits = 0
     while i < len(a) and j < len(b):
         (pitch, onset, duration), (other_pitch, other_onset, other_duration) = a[i], b[j]
@@ -1634,8 +1642,9 @@ def convert_one(data, cfg):
     row = score_to_abc(score, notes, voices, cfg)
     f1 = note_f1(notes, read_abc(row["abc"]).notes)
     drums = np.array([drum for _, drum in voices])[notes.voice]
+    signature = fingerprint(notes, drums).astype("<u4").tobytes().hex()
     return row | {"n_notes": len(notes.pitch), "n_chars": len(row["abc"]), "f1": f1, "n_tracks": len(voices),
-                  "hash": content_hash(notes, drums), "signature": fingerprint(notes, drums).astype("<u4").tobytes().hex()}
+                  "hash": content_hash(notes, drums), "signature": signature}
 
 
 # --- what tells one work from another
@@ -1696,7 +1705,7 @@ def fingerprint(notes, drums):
 
 
 def convert_file(source, target, cfg):
-    """In a worker: converts one MIDI file to `target`; returns its row of report.jsonl, a reject with its reason."""
+    """In a worker: converts a MIDI file to `target`; returns its row of report.jsonl."""
     try:
         row = convert_one(Path(source).read_bytes(), cfg)
     except Rejected as reject:
@@ -1708,7 +1717,7 @@ def convert_file(source, target, cfg):
 
 
 def limit_worker():
-    """A file that swells hits its worker's memory limit, not the machine's. Ctrl-C is the parent's business."""
+    """A file that swells hits its worker's limit, not the machine's. Ctrl-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(ImportError, OSError, ValueError):  # Linux only
         import resource
@@ -1717,7 +1726,7 @@ def limit_worker():
 
 
 def convert_all(files, cfg):
-    """Yields the row of each file, relative to midi_root, in order. A worker that crashes or hangs costs one file.
+    """Yields the row of each file in order. A worker that crashes or hangs costs one file.
 
     Few files are in flight, so that memory does not grow with their number.
     """
@@ -1734,8 +1743,8 @@ def convert_all(files, cfg):
     with ProcessPool(max_workers=cfg.workers, initializer=limit_worker) as pool:
         try:
             for file in files:
-                jobs.append(pool.schedule(convert_file, (cfg.midi_root / file, cfg.abc_root / f"{file}.abc", cfg),
-                                          timeout=cfg.CONVERT_TIMEOUT))
+                paths = cfg.midi_root / file, cfg.abc_root / f"{file}.abc"
+                jobs.append(pool.schedule(convert_file, (*paths, cfg), timeout=cfg.CONVERT_TIMEOUT))
                 if len(jobs) > 64 * cfg.workers:  # enough to keep the others busy while one takes its time
                     yield oldest_row()
             while jobs:
@@ -1746,15 +1755,15 @@ def convert_all(files, cfg):
 
 
 def read_rows(path):
-    """The rows of a report or journal one by one, up to a line that was cut off; none where there is no such file."""
+    """The rows of a report or journal one by one, up to a line that was cut off; none without a file."""
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), open(path, encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
 
 def resume_journal(journal, recipe, cfg):
-    """How many files the journal of an interrupted conversion holds; what follows its last whole line is cut off.
+    """How many files the journal of an interrupted conversion holds; a last line that was cut off is removed.
 
-    The journal of another recipe, or the report of an earlier conversion, is deleted with the texts that it lists.
+    The journal of another recipe, and the report of an earlier conversion, go with the texts that they list.
     """
     rows = read_rows(journal)
     if next(rows, None) == recipe:
@@ -1773,11 +1782,11 @@ def resume_journal(journal, recipe, cfg):
 
 @stage(version=2, knobs="CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", after=extract)
 def convert(cfg):
-    """Converts every MIDI file in a worker process that may die; every file ends as text or as a counted reason."""
+    """Converts every MIDI file in a worker that may die; every file ends as text or as a counted reason."""
     files = read_json(Path(cfg.DATA_ROOT, "midi_index.json"))["files"]
     report, journal = cfg.abc_root / "report.jsonl", cfg.abc_root / "journal.jsonl"
     done = resume_journal(journal, convert.recipe(cfg), cfg)
-    with open(journal, "a", encoding="utf-8", buffering=1, newline="\n") as out:  # a line is on disk before the next
+    with open(journal, "a", encoding="utf-8", buffering=1, newline="\n") as out:  # line by line
         rows = progress(convert_all(files[done:], cfg), "convert", len(files), "file", initial=done)
         for file, row in zip(files[done:], rows, strict=True):
             out.write(json.dumps({"file": file, **row}) + "\n")
