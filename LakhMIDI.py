@@ -26,6 +26,7 @@ import argparse
 import ast
 import base64
 import bz2
+import collections
 import contextlib
 import copy
 import csv
@@ -60,6 +61,7 @@ from bisect import bisect, bisect_left
 from collections import Counter
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 # Threads that wait by spinning starve each other on a machine that is shared: 7 times slower when measured on two busy
@@ -932,21 +934,37 @@ def extract(cfg):
 # ============================================================================================================
 # 4 Convert: data_lakh/midi/ -> data_lakh/abc/, report.jsonl
 # ============================================================================================================
-# The pure functions. A beat is a quarter note whatever the metre says. In the writer times are whole ticks
-# of 1/48 beat, so that the grids of 1/16 beat (3 ticks), 1/8 (6) and triplets (1/6, 8) are all exact.
+# MIDI file -> Notes in beats -> ticks on a grid -> chords in layers -> pieces within a bar -> text, and back.
+# A beat is a quarter note whatever the metre says. A line of text is a bar:
+#
+#   X:1
+#   L:1/8                              the length of a note without a number
+#   M:4/4
+#   Q:1/4=127
+#   K:D
+#   V:1 octave=1                       a voice per track and instrument, read an octave higher
+#   %%MIDI program 73
+#   V:2
+#   %%MIDI channel 10                  drums
+#   K:G
+#   [V:1]A,,8&BB2GG2BB|                & stacks layers that overlap; the silent voice 2 is left out
+#   [V:1]G,,8-|                        - ties a note to the next bar
+#   [V:1]G,,8|[V:2]Z2|F8|              Z2: the two bars that voice 2 has missed
+#
+# Any ABC program plays it. An accidental is written wherever the key lacks it, and where a bar has a letter
+# in two forms both are marked: so it does not matter how long a reader lets accidentals last.
 
-BEAT = 48  # ticks per beat
+BEAT = 48  # ticks per beat: the grids of 1/16 beat (3 ticks), 1/8 (6) and of triplets (1/6, 8) are all exact
+MAX_BEATS = 20_000
+MAX_NOTES = 300_000
+MAX_CELLS = 2**20  # voices times bars
 LETTERS = "CDEFGAB"
 NATURAL = (0, 2, 4, 5, 7, 9, 11)  # semitones of C D E F G A B
 MARKS = {-2: "__", -1: "_", 0: "=", 1: "^", 2: "^^"}
 KEYS = ("Db", "Ab", "Eb", "Bb", "F", "C", "G", "D", "A", "E", "B", "F#")  # signatures -5 ... 6
-MINOR = ("Bbm", "Fm", "Cm", "Gm", "Dm", "Am", "Em", "Bm", "F#m", "C#m", "G#m", "D#m")
-MAX_LAYERS = 4  # chords of a voice that may overlap; more buys little and costs length
-UNITS = (1, 2, 4, 8, 16, 32)  # L:1/n
 DRUM_KEY = 6  # G major in every drum voice: its one sharp is the closed hi-hat, the most frequent drum
-# Krumhansl & Kessler 1982, probe-tone ratings of the twelve pitch classes from the tonic up
-MAJOR_PROFILE = (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88)
-MINOR_PROFILE = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)
+UNITS = (1, 2, 4, 8, 16, 32)  # denominators of L: and M:
+LAYERS = 6  # chords of a voice that may sound at once
 
 
 class Rejected(Exception):
@@ -977,6 +995,7 @@ class Tune(NamedTuple):
 
 # --- MIDI in
 
+
 def read_score(source):
     """Bytes or path of a MIDI file, bare or RIFF-wrapped -> symusic score. Raises Rejected."""
     data = bytes(source) if isinstance(source, (bytes, bytearray)) else Path(source).read_bytes()
@@ -989,6 +1008,8 @@ def read_score(source):
         raise Rejected("bad_bytes", str(error)) from error
     if score.tpq <= 0:
         raise Rejected("bad_header", "no ticks per quarter note")
+    if score.note_num() > MAX_NOTES:  # before arrays of them fill the memory
+        raise Rejected("too_many_notes", f"{score.note_num()}")
     return score
 
 
@@ -1012,140 +1033,146 @@ def merge_duplicates(notes):
     return Notes(voice[new], onset[new], duration[new], pitch[new])
 
 
-def read_midi_notes(source):
-    """Bytes or path of a MIDI file -> Notes in beats as written. Raises Rejected."""
-    return score_notes(read_score(source))[0]
+def is_metre(num, den):
+    """Whether a time signature makes sense; all of POP909 says 1/4 and is in 4/4."""
+    return den in UNITS and 1.5 <= 4 * num / den <= 16
 
 
-def bar_lines(score, end):
-    """Score and length in ticks -> bar starts (B + 1,), and the metres as {bar: (numerator, denominator)}."""
-    changes = {0: (4, 4)}
-    for sign in score.time_signatures:
-        beats = 4 * sign.numerator / max(1, sign.denominator)
-        if 1.5 <= beats <= 16 and sign.denominator in (1, 2, 4, 8, 16, 32):  # others are noise in the file
-            changes[round(sign.time / score.tpq * 8) * BEAT // 8] = (sign.numerator, sign.denominator)
-    times = sorted(t for t in changes if t < max(end, 1))
-    starts, metres = [], {}
-    for start, stop in itertools.pairwise([*times, end]):
-        num, den = changes[start]
-        length = 4 * BEAT * num // den
-        bars = list(range(start, max(stop, start + 1), length))
-        metres[len(starts)] = (num, den)
-        starts += bars
-        last = bars[-1]
-        if stop < last + length and stop != end:  # a change inside a bar cuts it: a metre of its own
-            num, den = (stop - last) // 6, 32
-            while num % 2 == 0 and den > 4:
-                num, den = num // 2, den // 2
-            metres[len(starts) - 1] = (num, den)
-    return np.array([*starts, last + length]), metres
+def bar_lines(changes, end):
+    """Metres [(beat, numerator, denominator)], length in ticks -> (ticks of bar lines, {bar: metre}).
+
+    A metre that changes inside a bar counts from the next bar on.
+    """
+    changes = sorted(change for change in changes if is_metre(*change[1:]))
+    lines, metres, current, metre = [0], {}, None, (4, 4)
+    while lines[-1] < end:
+        while changes and changes[0][0] * BEAT <= lines[-1] + BEAT // 8:
+            metre = changes.pop(0)[1:]
+        if metre != current:
+            metres[len(lines) - 1] = current = metre
+        lines.append(lines[-1] + 4 * BEAT * metre[0] // metre[1])
+    return np.array(lines), metres
 
 
-def bar_tempos(score, bars):
-    """(quarter notes per minute of each bar, shape (B,), that keep its seconds; seconds in all)."""
-    tempos = sorted(((t.time / score.tpq * BEAT, t.mspq) for t in score.tempos), key=lambda tempo: tempo[0])
-    ticks = np.array([0.0, *(tick for tick, _ in tempos)])
-    per_tick = np.array([500_000, *(max(1, us) for _, us in tempos)]) / BEAT / 1e6  # seconds
-    seconds = np.concatenate([[0], np.cumsum(np.diff(ticks) * per_tick[:-1])])
-    segment = np.searchsorted(ticks, bars, "right") - 1
-    at_bars = seconds[segment] + (bars - ticks[segment]) * per_tick[segment]
-    return 60 * np.diff(bars) / BEAT / np.diff(at_bars), at_bars[-1]
+def bar_tempos(changes, bars):
+    """Tempos [(beat, quarters per minute)], ticks of bar lines -> (mean tempo of each bar (B,), seconds)."""
+    beat, qpm = np.array([(0, 120), *sorted(c for c in changes if c[0] < MAX_BEATS), (2 * MAX_BEATS, 120)]).T
+    seconds = np.interp(bars / BEAT, beat, np.cumsum([0, *np.diff(beat) * 60 / qpm[:-1]]))
+    return 60 / BEAT * np.diff(bars) / np.diff(seconds), seconds[-1]
 
 
 # --- quantising
 
+
 def choose_grid(onset, key):
-    """Step in ticks for a file, and whether it has triplet beats; `onset` ascends within each `key`."""
+    """Step in ticks for a file, and whether it has triplets; `onset` ascends within each `key`."""
     same = key[1:] == key[:-1]
     merged = [np.count_nonzero(same & (np.diff(np.rint(onset * n)) == 0)) for n in (8, 16)]
     step = 3 if merged[0] - merged[1] > 0.006 * len(onset) else 6
-    on8 = np.abs(onset * 8 - np.rint(onset * 8)) < 0.16  # within 1/50 beat of the grid
-    on6 = np.abs(onset * 6 - np.rint(onset * 6)) < 0.12
-    return step, np.mean(on8 | on6) > 0.9 and np.mean(on6 & ~on8) > 0.01
+    on8, on6 = (np.abs(onset - np.rint(onset * n) / n) < 1 / 200 for n in (8, 6))  # seldom so if performed
+    return step, np.mean(on8 | on6) > 0.9 and 0.01 < np.mean(on6 & ~on8) < 0.7  # more: the beat is elsewhere
 
 
-def triplet_beats(notes, n_beats, step):
-    """Which beats of each voice lie nearer to the 1/6 than to the 1/8 grid: bool, shape (voices, n_beats)."""
+def triplet_beats(notes, bars, step):
+    """Which beats of each voice lie nearer to the grid of 1/6 beat: bool (voices, beats)."""
+    shape = notes.voice.max() + 1, bars[-1] // BEAT + 2
     beat = np.floor(notes.onset + step / 2 / BEAT).astype(int)
-    gain = (np.abs(notes.onset * 8 - np.rint(notes.onset * 8)) / 8
-            - np.abs(notes.onset * 6 - np.rint(notes.onset * 6)) / 6)
-    shape = (notes.voice.max() + 1, n_beats)
-    total = np.bincount(notes.voice * n_beats + beat, gain, minlength=shape[0] * n_beats)
-    return total.reshape(shape) > 1 / 48
+    off, off6 = (np.abs(notes.onset - np.rint(notes.onset * n) / n) for n in (BEAT // step, 6))
+    gain = np.bincount(notes.voice * shape[1] + beat, off - off6, minlength=shape[0] * shape[1])
+    triplet = gain.reshape(shape) > 1 / BEAT
+    triplet[:, bars[bars % BEAT != 0] // BEAT] = False  # a bar line inside
+    return triplet
 
 
 def quantise(beats, voice, step, triplet):
     """Beats -> ticks on the file's grid, or on the 1/6 grid inside triplet beats."""
     ticks = np.rint(beats * (BEAT // step)).astype(int) * step
-    if triplet is None:
-        return ticks
     inside = triplet[voice, np.floor(beats + step / 2 / BEAT).astype(int)]
     return np.where(inside, np.rint(beats * 6).astype(int) * 8, ticks)
 
 
-def snap_ends(voice, start, end, duration, bars):
-    """Ends move to an onset of the voice, else a bar line, else a 1/4 beat: fewer rests, lengths and layers.
+def snap_ends(voice, start, end, duration):
+    """Ends move to the next or last onset in their voice: fewer rests, lengths and layers.
 
     Only as far as the length stays within 1/8 beat or 20 % of `duration`, the true one in ticks.
     """
-    slack = np.maximum(BEAT / 8, duration / 5) + 1e-6
-    span = bars[-1] + 10_000
+    span = 2 * MAX_BEATS * BEAT  # keeps the voices apart
     onsets = np.append(np.unique(voice * span + start), 2**60)
     after = np.searchsorted(onsets, voice * span + end)
-    quarter, line = np.rint(end / 12).astype(int) * 12, bars[np.searchsorted(bars, end - BEAT // 8)]
-    for target in (quarter, line, onsets[after - 1] - voice * span, onsets[after] - voice * span):
-        fits = (np.abs(target - start - duration) <= slack) & (target > start)
-        end = np.where(fits, target, end)
+    slack = np.maximum(BEAT / 8, duration / 5) + 1e-6
+    for onset in (onsets[after - 1], onsets[after]):
+        target = onset - voice * span
+        end = np.where((np.abs(target - start - duration) <= slack) & (target > start), target, end)
     return end
 
 
-def grid_notes(notes, bars, step, triplet):
-    """Notes by voice, pitch, onset -> (voice, pitch, start, end) in ticks, one note at a time per pitch."""
+def grid_notes(notes, step, triplet):
+    """Notes by voice, pitch, onset -> (voice, pitch, start, end) in ticks; a pitch never overlaps itself."""
     key = notes.voice * 128 + notes.pitch
     start = quantise(notes.onset, notes.voice, step, triplet)
-    if step == 3:  # a second stroke within one step of the fine grid moves to the next, still within 1/8 beat
+    if step == 3:  # a second stroke within one step moves to the next, still within 1/8 beat
         again = np.append(False, (np.diff(key) == 0) & (np.diff(start) == 0))
         start = start + step * (again & (start % step == 0))
     end = np.maximum(quantise(notes.onset + notes.duration, notes.voice, step, triplet), start + step)
-    first = np.flatnonzero(np.append(True, (np.diff(key) != 0) | (np.diff(start) != 0)))  # one note per step
+    first = np.flatnonzero(np.append(True, (np.diff(key) != 0) | (np.diff(start) != 0)))  # a stroke per step
     end, duration = np.maximum.reduceat(end, first), np.maximum.reduceat(notes.duration, first) * BEAT
     voice, pitch, start, key = notes.voice[first], notes.pitch[first], start[first], key[first]
-    end = snap_ends(voice, start, end, duration, bars)
+    end = snap_ends(voice, start, end, duration)
+    end = np.where(triplet[voice, (end - 1) // BEAT], -(-end // 8) * 8, end)  # start + step may be off 1/6
     struck = np.append(np.where(np.diff(key) == 0, start[1:], 2**60), 2**60)
-    if triplet is not None:  # a shortest note may have left the 1/6 grid
-        end = np.where(triplet[voice, (end - 1) // BEAT], -(-end // 8) * 8, end)
-    return voice, pitch, start, limit_layers(voice, start, np.minimum(end, struck), MAX_LAYERS)
+    return voice, pitch, start, np.minimum(end, struck)
 
 
-def limit_layers(voice, start, end, most):
-    """Cut ends so that at most `most` chords of a voice sound at once; what would end first ends early."""
-    span = end.max() + 1
-    chords, chord = np.unique((voice * span + start) * span + end, return_inverse=True)
-    low, high = chords // span, chords // span**2 * span + chords % span  # starts and ends, voice after voice
-    depth = np.arange(1, len(chords) + 1) - np.searchsorted(np.sort(high), low, "right")
-    high_list, sounding = high.tolist(), []
-    for i in np.flatnonzero(np.isin(low // span, low[depth > most] // span)).tolist():
-        sounding = [(t, k) for t, k in sounding if t > low[i]]
-        if len(sounding) == most:
-            first = min(sounding)
-            sounding.remove(first)
-            if low[first[1]] < low[i]:
-                high_list[first[1]] = int(low[i])
-        sounding.append((high_list[i], i))
-    return (np.array(high_list) % span)[chord]
+def layer_notes(notes, most, alone=0):
+    """Notes (voice, pitch, start, end) in ticks -> (layer of each note within its voice, its new end), (N,).
+
+    Notes of equal start and end are a chord, `alone` ones excepted; the chords of a layer do not overlap. A
+    voice has at most `most` (voices,) layers: of chords that start together those beyond end with the last
+    one within.
+    """
+    voice, pitch, start, end = notes
+    span = int(end.max()) + 1
+    keys, chord = np.unique(((voice * span + start) * span + end) * 128 + pitch * alone, return_inverse=True)
+    start, end = keys // 128 // span, keys // 128 % span
+    keep = np.arange(len(keys)) - np.searchsorted(start, start) < most[start // span]
+    layer, end = assign_layers(start[keep] // span, start[keep] % span, end[keep], most)
+    chord = np.cumsum(keep)[chord] - 1
+    return layer[chord], end[chord]
+
+
+def assign_layers(group, start, end, most):
+    """Events by group, start, end -> (layer of each, ends): what overlaps in a group gets different layers.
+
+    Where all `most` (groups,) layers sound, what would end first is cut.
+    """
+    layer, ends, starts = np.zeros(len(group), int), end.tolist(), start.tolist()
+    crowded = np.unique(group[1:][(group[1:] == group[:-1]) & (start[1:] < end[:-1])])
+    lows, highs = (np.searchsorted(group, crowded, side).tolist() for side in ("left", "right"))
+    for low, high, limit in zip(lows, highs, most[crowded].tolist(), strict=True):
+        last = []  # the last event of each layer
+        for i in range(low, high):
+            free = [(-ends[j], k) for k, j in enumerate(last) if ends[j] <= starts[i]]
+            if free:
+                k = min(free)[1]
+            elif len(last) < limit:
+                k = len(last)
+                last.append(i)
+            else:
+                k = min((ends[j], k) for k, j in enumerate(last) if starts[j] < starts[i])[1]
+                ends[last[k]] = starts[i]
+            last[k] = i
+            layer[i] = k
+    return layer, np.array(ends)
 
 
 # --- writing
 
+
 def choose_key(pitch):
-    """Pitches -> (index into KEYS of the signature with the fewest accidentals, name of the key)."""
-    count = np.bincount(pitch % 12, minlength=12).astype(float)
+    """Index into KEYS of the signature with the fewest accidentals."""
+    count = np.bincount(pitch % 12, minlength=12)
     scale = np.array([[(7 * s + n) % 12 for n in NATURAL] for s in range(-5, 7)])
-    best = int(np.argmax(count[scale].sum(1) - 1e-6 * np.abs(np.arange(12) - 5)))
-    tonic = 7 * (best - 5) % 12
-    major = np.dot(np.roll(MAJOR_PROFILE, tonic), count) / np.linalg.norm(MAJOR_PROFILE)
-    minor = np.dot(np.roll(MINOR_PROFILE, tonic + 9), count) / np.linalg.norm(MINOR_PROFILE)
-    return best, (MINOR if minor > major else KEYS)[best]
+    return int(np.argmax(count[scale].sum(1) - 1e-6 * np.abs(np.arange(12) - 5)))
 
 
 @functools.cache
@@ -1153,19 +1180,31 @@ def spelling(key, octave):
     """All pitches in a key: (128 names, then 128 with explicit marks; letters; which are foreign to it)."""
     sharps = key - 5
     low = min(max(sharps - 3, -8), 1)  # the twelve names in a row on the line of fifths, F flat to B sharp
-    names, marked, letters, foreign = [], [], [], []
+    fifths = {7 * fifth % 12: fifth for fifth in range(low, low + 12)}
+    names, marked, foreign = [], [], []
     for pitch in range(128):
-        fifth = next(f for f in range(low, low + 12) if 7 * f % 12 == pitch % 12)
-        alter = (fifth + 1) // 7
-        letter = 4 * fifth % 7
+        fifth = fifths[pitch % 12]
+        alter, letter = (fifth + 1) // 7, LETTERS[4 * fifth % 7]
         height = (pitch - alter) // 12 - 5 - octave  # 0 = the octave of middle C
-        name = LETTERS[letter].lower() + "'" * (height - 1) if height > 0 else LETTERS[letter] + "," * -height
-        away = not sharps - 1 <= fifth <= sharps + 5
-        names.append(MARKS[alter] + name if away else name)
+        name = letter.lower() + "'" * (height - 1) if height > 0 else letter + "," * -height
+        foreign.append(not sharps - 1 <= fifth <= sharps + 5)
         marked.append(MARKS[alter] + name)
-        letters.append(letter)
-        foreign.append(away)
-    return names + marked, np.array(letters), np.array(foreign)
+        names.append(marked[-1] if foreign[-1] else name)
+    letters = np.array([4 * fifths[pitch % 12] % 7 for pitch in range(128)])
+    return names + marked, letters, np.array(foreign)
+
+
+def name_notes(voice, pitch, group, keys, octaves):
+    """Names of notes in the keys and octaves of their voices; `group` numbers the bars of all voices.
+
+    A name is marked where its bar has the letter in two forms, and always where there are no `keys`.
+    """
+    tables = [spelling(key, octave) for key, octave in zip(keys or [5] * len(octaves), octaves, strict=True)]
+    letters, foreign = np.array([t[1] for t in tables]), np.array([t[2] for t in tables])
+    slot, away = group * 7 + letters[voice, pitch], foreign[voice, pitch]
+    altered = np.bincount(slot, away) > 0
+    marked = (altered[slot] | (keys is None)) & ~away
+    return [tables[v][0][p] for v, p in zip(voice.tolist(), (pitch + 128 * marked).tolist(), strict=True)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1177,234 +1216,155 @@ def length_text(ticks, unit):
 
 
 def choose_units(voice, length, n_voices):
-    """Lengths in ticks -> (the L: that suits the file, the L: of each voice, the text of each length)."""
+    """Lengths in ticks -> (n of L:1/n for the file, n for each voice): those that write them shortest."""
     lengths, which = np.unique(length, return_inverse=True)
-    texts = [[length_text(ticks, 4 * BEAT // den) for ticks in lengths.tolist()] for den in UNITS]
     count = np.bincount(voice * len(lengths) + which, minlength=n_voices * len(lengths)).reshape(n_voices, -1)
-    cost = count @ np.array([[len(text) for text in row] for row in texts]).T  # (voices, units)
+    cost = count @ [[len(length_text(t, 4 * BEAT // unit)) for unit in UNITS] for t in lengths.tolist()]
     common, best = cost.sum(0).argmin(), cost.argmin(1)
     best = np.where(cost.min(1) + len("\nL:1/16") < cost[:, common], best, common)
-    texts = [text for row in texts for text in row]
-    return (UNITS[common], [UNITS[unit] for unit in best.tolist()],
-            [texts[i] for i in (best[voice] * len(lengths) + which).tolist()])
+    return UNITS[common], [UNITS[i] for i in best.tolist()]
 
 
-def split_at(cut, pieces, start, end):
-    """Pieces (index, start, end) strictly around their `cut` become two."""
-    hit = (start < cut) & (cut < end)
-    return (np.concatenate([pieces, pieces[hit]]), np.concatenate([start, cut[hit]]),
-            np.concatenate([np.where(hit, cut, end), end[hit]])) if hit.any() else (pieces, start, end)
+def cut_pieces(voice, start, end, bars, triplet):
+    """Spans cut at bar lines and at borders of triplet beats entered or left -> (index, start, end)."""
+    index, pieces, has_triplets = np.arange(len(start)), [], triplet.any()
+    while len(index) or not pieces:
+        stop = np.minimum(end, bars[np.searchsorted(bars, start, "right")])
+        if has_triplets:
+            leaves = triplet[voice[index], start // BEAT] & (start % BEAT != 0)
+            enters = triplet[voice[index], (stop - 1) // BEAT] & (stop % BEAT != 0)
+            border = np.where(leaves, start // BEAT + 1, stop // BEAT) * BEAT
+            stop = np.where((leaves | enters) & (start < border) & (border < stop), border, stop)
+            stop = np.where((leaves | enters) & (stop - start == 40), stop - 8, stop)  # no note is 5/6 long
+        pieces.append((index, start, stop))
+        more = stop < end
+        index, start, end = index[more], stop[more], end[more]
+    return [np.concatenate(column) for column in zip(*pieces, strict=True)]
 
 
-def split_triplets(index, voice, start, end, triplet):
-    """Cut what enters or leaves a triplet beat half-way at the border of that beat."""
-    inside = triplet[voice[index], start // BEAT] & (start % BEAT != 0)
-    index, start, end = split_at(np.where(inside, -(-start // BEAT) * BEAT, start), index, start, end)
-    inside = triplet[voice[index], (end - 1) // BEAT] & (end % BEAT != 0)
-    return split_at(np.where(inside, end // BEAT * BEAT, start), index, start, end)
+def fill_rests(line, start, end, lines, opens, closes):
+    """Pieces, and all lines with the ticks where they open and close -> the rests (line, start, end)."""
+    line, start, end = np.append(line, lines), np.append(start, closes), np.append(end, closes)
+    order = np.lexsort((start, line))
+    line, start, end = line[order], start[order], end[order]
+    head = np.append(True, line[1:] != line[:-1])
+    begin = np.where(head, opens[np.searchsorted(lines, line)], np.append(0, end[:-1]))
+    gap = begin < start
+    return line[gap], begin[gap], start[gap]
 
 
-def assign_layers(group, start, end):
-    """Layer of each event: events of a group (one voice in one bar) that overlap get different layers."""
-    layer = np.zeros(len(group), int)
-    clash = (group[1:] == group[:-1]) & (start[1:] < end[:-1])
-    todo = np.unique(group[1:][clash])
-    lows, highs = np.searchsorted(group, todo), np.searchsorted(group, todo, "right")
-    for low, high in zip(lows.tolist(), highs.tolist(), strict=True):
-        ends, chosen = [], []
-        for s, e in zip(start[low:high].tolist(), end[low:high].tolist(), strict=True):
-            free = [(s - t, k) for k, t in enumerate(ends) if t <= s]
-            if free:
-                k = min(free)[1]
-                ends[k] = e
-            else:
-                k = len(ends)
-                ends.append(e)
-            chosen.append(k)
-        layer[low:high] = chosen
-    return layer
+def write_tuplets(line, start, end):
+    """Items by line and start -> (their written lengths in ticks, {item: "(3"} where a tuplet begins)."""
+    beat = line * MAX_BEATS * 2 + start // BEAT
+    off = (start % 3 != 0) | (end % 3 != 0)  # only thirds of a beat leave the grid of 1/16
+    if not off.any():
+        return end - start, {}
+    inside = np.isin(beat, beat[off]) & (end - start < BEAT)
+    first = np.flatnonzero(inside & np.append(True, beat[1:] != beat[:-1]))
+    count = np.searchsorted(beat, beat[first], "right") - first
+    prefixes = ["(3" if n == 3 else f"(3:2:{n}" for n in count.tolist()]
+    length = np.where(inside, (end - start) * 3 // 2, end - start)
+    return length, dict(zip(first.tolist(), prefixes, strict=True))
 
 
-def bar_pieces(voice, start, end, bars, triplet):
-    """Notes cut at bar lines and at the borders of triplet beats -> (note, bar, start, end) of each piece."""
-    first, last = np.searchsorted(bars, start, "right") - 1, np.searchsorted(bars, end) - 1
-    n = last - first + 1
-    index = np.repeat(np.arange(len(start)), n)
-    bar = np.repeat(first - np.cumsum(n) + n, n) + np.arange(len(index))
-    low, high = np.maximum(start[index], bars[bar]), np.minimum(end[index], bars[bar + 1])
-    if triplet is not None:
-        index, low, high = split_triplets(index, voice, low, high, triplet)
-        bar = np.searchsorted(bars, low, "right") - 1
-    return index, bar, low, high
+def write_chords(notes, bars, triplet, keys, octaves):
+    """Notes (voice, pitch, start, end) in ticks -> (texts, tied, group, start, end) of chords within bars.
 
-
-def name_pieces(voice, pitch, group, keys, octaves):
-    """Note name of each piece; `group` numbers the bars of all voices.
-
-    Where a bar has a letter in two forms both carry a mark: then it does not matter whether a reader lets
-    accidentals last to the bar line (and in which octaves), and a name means one pitch wherever it stands.
-    """
-    tables = [spelling(key, octave) for key, octave in zip(keys, octaves, strict=True)]
-    letters, foreign = np.array([t[1] for t in tables]), np.array([t[2] for t in tables])
-    slot, away = group * 7 + letters[voice, pitch], foreign[voice, pitch]
-    altered = np.zeros(slot.max() + 1, bool)
-    altered[slot[away]] = True
-    marked = pitch + 128 * (altered[slot] & ~away)
-    return [tables[v][0][p] for v, p in zip(voice.tolist(), marked.tolist(), strict=True)]
-
-
-def write_chords(notes, bars, keys, octaves, triplet):
-    """Quantised notes -> (text without length, tied, line, start, end) of each chord, and layers per voice.
-
-    A line is one layer of one voice in one bar: ((bar * voices) + voice) * layers + layer.
+    Groups number the bars of all voices: bar * voices + voice. With keys None, the strict export, a chord
+    ends where it would be tied.
     """
     voice, pitch, start, end = notes
-    index, bar, low, high = bar_pieces(voice, start, end, bars, triplet)
-    group, span = bar * len(octaves) + voice[index], np.diff(bars).max() + 1
+    span = int(np.diff(bars).max()) + 1
+    index, low, high = cut_pieces(voice, start, end, bars, triplet)
+    bar = np.searchsorted(bars, low, "right") - 1
+    group = bar * len(octaves) + voice[index]
     slot = (group * span + low - bars[bar]) * span + high - bars[bar]
     order = np.argsort(slot * 128 + pitch[index])
     slot, index, group, low, high = (column[order] for column in (slot, index, group, low, high))
-    names = name_pieces(voice[index], pitch[index], group, keys, octaves)
     heads = np.flatnonzero(np.append(True, np.diff(slot) != 0))  # equal start and end: a chord
     size = np.diff(np.append(heads, len(slot)))
-    tied = end[index] > high
-    n_tied = np.add.reduceat(tied.astype(int), heads)
-    texts = chord_texts(names, tied.tolist(), heads.tolist(), size.tolist(), n_tied.tolist())
-    layer = assign_layers(group[heads], low[heads], high[heads])
-    n_layers = layer.max() + 1
-    return texts, n_tied == size, group[heads] * n_layers + layer, low[heads], high[heads], n_layers
+    tied, keep = end[index] > high, np.ones(len(heads), bool)
+    if keys is None:
+        tied &= np.repeat(size == 1, size)
+        keep = (size == 1) | (low == start[index])[heads]
+    names = name_notes(voice[index], pitch[index], group, keys, octaves)
+    all_tied = np.minimum.reduceat(tied, heads)
+    for i in np.flatnonzero(tied & ~np.repeat(all_tied, size)).tolist():
+        names[i] += "-"  # within the chord
+    texts = [names[i] if n == 1 else f"[{''.join(names[i:i + n])}]"
+             for i, n in zip(heads[keep].tolist(), size[keep].tolist(), strict=True)]
+    return texts, *(column[keep] for column in (all_tied, group[heads], low[heads], high[heads]))
 
 
-def add_rests(line, low, high, bar_start, bar_end):
-    """Events sorted by line (bar, voice, layer) and start -> the rests between them: (line, low, high)."""
-    head = np.append(True, line[1:] != line[:-1])
-    tail = np.append(head[1:], True)
-    before = np.where(head, bar_start, np.append(0, high[:-1]))
-    gap, close = before < low, tail & (high < bar_end)
-    return (np.concatenate([line[gap], line[close]]), np.concatenate([before[gap], high[close]]),
-            np.concatenate([low[gap], bar_end[close]]))
+def write_cells(notes, bars, triplet, keys, octaves):
+    """Notes (voice, pitch, start, end) in ticks -> (n of L:1/n, n of each voice, [(bar, voice, text)]).
 
-
-def write_body(notes, bars, keys, octaves, triplet, fields):
-    """Quantised notes -> (L of the file, L of each voice, body text)."""
+    A cell is the music of a voice in a bar: layer&layer. With keys None, the strict export, none is left out.
+    """
     n_voices = len(octaves)
-    texts, tied, line, low, high, n_layers = write_chords(notes, bars, keys, octaves, triplet)
-    span = bars[-1] + 1
-    order = np.argsort(line * span + low)
-    line, low, high, bar = line[order], low[order], high[order], line[order] // (n_layers * n_voices)
-    rest, rest_low, rest_high = add_rests(line, low, high, bars[bar], bars[bar + 1])
-    if triplet is not None:
-        index, rest_low, rest_high = split_triplets(
-            np.arange(len(rest)), rest // n_layers % n_voices, rest_low, rest_high, triplet)
-        rest = rest[index]
-    item = np.append(order, np.full(len(rest), len(texts)))
-    line, low, high = np.append(line, rest), np.append(low, rest_low), np.append(high, rest_high)
-    order = np.argsort(line * span + low)
-    item, line, low, high = item[order], line[order], low[order], high[order]
-    length, tuplets = (high - low, []) if triplet is None else write_tuplets(line, low, high)
-    unit, units, lengths = choose_units(line // n_layers % n_voices, length, n_voices)
+    texts, tied, group, start, end = write_chords(notes, bars, triplet, keys, octaves)
+    n_bars = int(group.max()) // n_voices + 1
+    line = group * LAYERS + assign_layers(group, start, end, np.full(n_bars * n_voices, LAYERS))[0]
+    used = np.bincount(line, minlength=n_bars * n_voices * LAYERS).reshape(n_bars, n_voices, LAYERS) > 0
+    used[:, :, 0] |= keys is None
+    used[:, 0, 0] |= ~used.any((1, 2))  # in a silent bar the first voice rests
+    lines = np.flatnonzero(used)
+    bar = lines // (n_voices * LAYERS)
+    rest, low, high = fill_rests(line, start, end, lines, bars[bar], bars[bar + 1])
+    piece, low, high = cut_pieces(rest // LAYERS % n_voices, low, high, bars, triplet)
+    line, start, end = np.append(line, rest[piece]), np.append(start, low), np.append(end, high)
+    order = np.argsort(line * (int(bars[-1]) + 1) + start)
+    line, item = line[order], np.minimum(order, len(texts))  # all rests have one text, the last
+    length, tuplets = write_tuplets(line, start[order], end[order])
+    voice = line // LAYERS % n_voices
+    unit, units = choose_units(voice, length, n_voices)
+    units = [unit] * n_voices if keys is None else units
     texts.append("z")
-    tokens = [texts[i] + length for i, length in zip(item.tolist(), lengths, strict=True)]
+    tokens = [texts[i] + length_text(ticks, 4 * BEAT // units[v])
+              for i, ticks, v in zip(item.tolist(), length.tolist(), voice.tolist(), strict=True)]
     for i in np.flatnonzero(np.append(tied, False)[item]).tolist():
         tokens[i] += "-"
-    for i, text in tuplets:
-        tokens[i] = text + tokens[i]
-    return unit, units, join_lines(tokens, line, n_layers, n_voices, fields)
+    for i, prefix in tuplets.items():
+        tokens[i] = prefix + tokens[i]
+    for i in np.flatnonzero(line % LAYERS * np.append(True, np.diff(line) != 0)).tolist():
+        tokens[i] = "&" + tokens[i]
+    heads = np.flatnonzero(np.append(True, np.diff(line // LAYERS) != 0)).tolist()
+    return unit, units, [(*divmod(number // LAYERS, n_voices), "".join(tokens[i:j])) for number, i, j in
+                         zip(line[heads].tolist(), heads, [*heads[1:], len(tokens)], strict=True)]
 
 
-def chord_texts(names, tied, heads, size, n_tied):
-    """Names of the pieces -> a text per chord, without its length; ties inside where only some are tied."""
-    texts = []
-    for i, n, t in zip(heads, size, n_tied, strict=True):
-        if n == 1:
-            texts.append(names[i])
-        elif t in (0, n):
-            texts.append("[" + "".join(names[i:i + n]) + "]")
-        else:
-            texts.append("[" + "".join(names[j] + "-" * tied[j] for j in range(i, i + n)) + "]")
-    return texts
-
-
-def write_tuplets(line, low, high):
-    """Written lengths, and (item, prefix) for each tuplet: the items of one beat that leave the 1/8 grid."""
-    span = high.max() // BEAT + 1
-    beat = line * span + low // BEAT
-    off = (low % 3 != 0) | (high % 3 != 0)  # only thirds of a beat leave the 1/16 grid
-    beats = np.unique(beat[off])
-    inside = np.isin(beat, beats) & (high - low < BEAT)
-    length = np.where(inside, (high - low) * 3 // 2, high - low)
-    firsts = np.flatnonzero(inside & np.append(True, beat[1:] != beat[:-1]))
-    counts = np.searchsorted(beat, beat[firsts], "right") - firsts
-    prefixes = ["(3" if n == 3 else f"(3::{n}" for n in counts.tolist()]
-    return length, list(zip(firsts.tolist(), prefixes, strict=True))
-
-
-def join_lines(tokens, line, n_layers, n_voices, fields):
-    """Tokens -> body: a line per bar, [V:n]layer&layer| for each voice that sounds, Zn for bars it missed."""
-    heads = np.flatnonzero(np.append(True, np.diff(line) != 0))
-    due = [0] * n_voices  # the next bar that each voice has to write
-    now = -1  # the bar of the line being written
-    for i, number in zip(heads.tolist(), line[heads].tolist(), strict=True):
-        bar, voice, layer = number // (n_layers * n_voices), number // n_layers % n_voices, number % n_layers
-        if layer:
-            tokens[i] = "&" + tokens[i]
-            continue
-        text = "|" if now >= 0 else ""
-        if bar != now:
-            text += silent_bars(now + 1, bar, due, fields) + "\n" + fields.get(bar, "")
-            now = bar
-        text += f"[V:{voice + 1}]"
-        if due[voice] < bar:
-            text += f"Z{bar - due[voice]}|"
+def write_body(cells, fields, n_voices):
+    """Cells -> text: a line per bar, [V:n] for each voice that sounds, Zn for the bars that it has missed."""
+    lines, due = {}, [0] * n_voices  # the bar that each voice has to write next
+    for bar, voice, music in cells:
+        missed = f"Z{bar - due[voice]}|" if due[voice] < bar else ""
+        lines[bar] = f"{lines.get(bar) or fields.get(bar, '')}[V:{voice + 1}]{missed}{music}|"
         due[voice] = bar + 1
-        tokens[i] = text + tokens[i]
-    return "".join(tokens) + "|\n"
-
-
-def silent_bars(begin, end, due, fields):
-    """Lines for bars in which nobody plays: the first voice rests, up to each change of metre or tempo."""
-    out = ""
-    while begin < end:
-        stop = min([bar for bar in fields if begin < bar < end], default=end)
-        missed = f"Z{begin - due[0]}|" if due[0] < begin else ""
-        out += f"\n{fields.get(begin, '')}[V:1]{missed}Z{stop - begin}|"
-        begin = due[0] = stop
-    return out
+    return "\n".join(lines.values()) + "\n"
 
 
 def header_fields(metres, tempos):
     """Metres {bar: (num, den)}, tempo of each bar -> {bar: '[M:3/4][Q:1/4=90]'} where something changes."""
-    fields, metre, tempo = {}, None, 1e-9
+    fields, tempo = {bar: f"[M:{num}/{den}]" for bar, (num, den) in metres.items()}, 1e-9
     for bar, qpm in enumerate(tempos.tolist()):
-        if bar in metres and metres[bar] != metre:
-            metre = metres[bar]
-            fields[bar] = f"[M:{metre[0]}/{metre[1]}]"
         if abs(qpm / tempo - 1) > 0.03:  # smaller changes are below what listeners notice
             tempo = max(1, round(qpm))
             fields[bar] = fields.get(bar, "") + f"[Q:1/4={tempo}]"
     return fields
 
 
-def choose_octaves(voice, pitch, n_voices):
-    """Octave shift of each voice that needs the fewest commas and apostrophes."""
-    height = np.arange(11)[:, None] - 5 - np.arange(-4, 5)  # (octave of the note, shift)
-    cost = np.where(height <= 0, -height, height - 1)
-    count = np.bincount(voice * 11 + pitch // 12, minlength=n_voices * 11).reshape(n_voices, 11)
-    return (np.argmin(count @ cost * 10 + np.abs(np.arange(-4, 5)), axis=1) - 4).tolist()
-
-
 def write_header(voices, octaves, unit, units, key, fields):
     """Everything above the first bar. What differs between voices stands below their V: fields."""
-    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields), f"K:{key}"]
-    for number, ((program, drum), octave) in enumerate(zip(voices, octaves, strict=True), 1):
-        lines.append(f"V:{number}" + (f" octave={octave}" if octave else ""))
+    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields), f"K:{KEYS[key]}"]
+    for i, (program, drum) in enumerate(voices):
+        lines.append(f"V:{i + 1}" + (f" octave={octaves[i]}" if octaves[i] else ""))
         if program:  # without it players take 0, the piano
             lines.append(f"%%MIDI program {program}")
         if drum:
             lines += ["%%MIDI channel 10", f"K:{KEYS[DRUM_KEY]}"]
-        if units[number - 1] != unit:
-            lines.append(f"L:1/{units[number - 1]}")
-    return "\n".join(lines)
+        if units[i] != unit:
+            lines.append(f"L:1/{units[i]}")
+    return "\n".join(lines) + "\n"
 
 
 def score_to_abc(score, notes, voices, cfg):
@@ -1412,51 +1372,53 @@ def score_to_abc(score, notes, voices, cfg):
     if len(notes.pitch) < cfg.MIN_NOTES:
         raise Rejected("no_notes" if not len(notes.pitch) else "too_few_notes", f"{len(notes.pitch)}")
     length = float((notes.onset + notes.duration).max())
-    if length > 20_000:
+    if length > MAX_BEATS:
         raise Rejected("too_long", f"{length:.0f} beats")
     per_beat = np.bincount(notes.onset.astype(int))
     if np.mean(per_beat[per_beat > 0]) > 60:  # "black MIDI"
         raise Rejected("too_dense")
     notes = merge_duplicates(notes)
-    if len(notes.pitch) > cfg.MAX_ABC_CHARS:  # a note takes more than a character
-        raise Rejected("too_many_chars", f"{len(notes.pitch)} notes")
-    bars, metres = bar_lines(score, int((length + 1) * BEAT))
+    metres = [(sign.time / score.tpq, sign.numerator, sign.denominator) for sign in score.time_signatures]
+    bars, metres = bar_lines(metres, int((length + 1) * BEAT))
+    if len(voices) * len(bars) > MAX_CELLS:
+        raise Rejected("too_many_voices", f"{len(voices)}")
     step, swing = choose_grid(notes.onset, notes.voice * 128 + notes.pitch)
-    triplet = triplet_beats(notes, bars[-1] // BEAT + 2, step) if swing else None
-    if swing:
-        triplet[:, bars[bars % BEAT != 0] // BEAT] = False  # a bar line inside
-    voice, pitch, start, end = grid_notes(notes, bars, step, triplet)
-    tempos, seconds = bar_tempos(score, bars)
-    drums = np.array([drum for _, drum in voices])
-    sharps, key = choose_key(pitch[~drums[voice]])
-    octaves = choose_octaves(voice, pitch, len(voices))
+    triplet = triplet_beats(notes, bars, step) & swing
+    voice, pitch, start, end = grid_notes(notes, step, triplet)
+    _, end = layer_notes((voice, pitch, start, end), np.full(len(voices), LAYERS))
+    drums = np.array([drum for _, drum in voices])[notes.voice]
+    key = choose_key(notes.pitch[~drums])
+    middle = np.bincount(voice, pitch) / np.bincount(voice)
+    octaves = np.rint((middle - 71.5) / 12).astype(int).tolist()  # C ... b need no octave marks
+    keys = [DRUM_KEY if drum else key for _, drum in voices]
+    unit, units, cells = write_cells((voice, pitch, start, end), bars, triplet, keys, octaves)
+    tempos = [(tempo.time / score.tpq, 6e7 / max(1, tempo.mspq)) for tempo in score.tempos]
+    n_bars = cells[-1][0] + 1
+    tempos, seconds = bar_tempos(tempos, bars[:n_bars + 1])
     fields = header_fields(metres, tempos)
-    header = fields.pop(0)
-    keys = np.where(drums, DRUM_KEY, sharps).tolist()
-    unit, units, body = write_body((voice, pitch, start, end), bars, keys, octaves, triplet, fields)
-    abc = write_header(voices, octaves, unit, units, key, header) + body
+    abc = write_header(voices, octaves, unit, units, key, fields.pop(0))
+    abc += write_body(cells, fields, len(voices))
     if len(abc) > cfg.MAX_ABC_CHARS:
         raise Rejected("too_many_chars", f"{len(abc)}")
-    return {"abc": abc, "n_bars": len(bars) - 1, "seconds": float(seconds)}
+    return {"abc": abc, "n_bars": n_bars, "seconds": float(seconds)}
 
 
 def midi_to_abc(source, cfg):
     """Bytes or path of a MIDI file -> ABC text, the same on every machine. Raises Rejected, nothing else."""
     score = read_score(source)
-    notes, voices = score_notes(score)
-    return score_to_abc(score, notes, voices, cfg)["abc"]
+    return score_to_abc(score, *score_notes(score), cfg)["abc"]
 
 
 # --- reading ABC back
 
-TOKEN = re.compile(r"(\[[^]]*\]?|[_^=]{0,2}[A-Ga-g][,']*|[zx])(\d*/*\d*)(-?)"  # chord or note, length, tie
-                   r"|\((\d)(?::(\d*))?(?::(\d*))?|(\S)")  # (p:q:r, anything else
-NOTE = re.compile(r"([_^=]{0,2})([A-Ga-g])([,']*)(\d*/*\d*)(-?)")
-FIELD = re.compile(r"\[([A-Za-z]):([^]]*)\]")
+TOKEN = re.compile(r"\[([A-Za-z]):([^]]*)\]"  # field
+                   r"|(\[[^]|&]*\]?|[_^=]{0,2}[A-Ga-g][,']*|[zx])(\d*/*\d*)(-?)"  # chord or note, length, tie
+                   r"|([|&])|\((\d)(?::(\d*))?(?::(\d*))?"  # end of a bar or layer; (p:q:r
+                   r"|Z(\d*)\s*(\|?)|\S")  # silent bars; anything else
+NOTE = re.compile(r"([_^=]{0,2})([A-Ga-g])([,']*)(?:\d*/*\d*)(-?)")
 # what other people's ABC has besides notes: chord names, decorations, grace notes, endings, repeats, comments
-ORNAMENT = re.compile(r"\"[^\"]*\"|![^!]*!|\{[^}]*\}|\[\d|(?<=\|)\d|:+(?=\|)|(?<=\|):+|[~.`\\]|%.*")
+ORNAMENT = re.compile(r"\"[^\"]*\"|![^!]*!|\{[^}]*\}|\[\d|(?<=\|)\d|:+(?=\|)|(?<=\|):+|(?<=\|)\]|[~.`\\]|%.*")
 MODES = {"m": -3, "min": -3, "aeo": -3, "dor": -2, "mix": -1, "lyd": 1, "phr": -4, "loc": -5}
-TUPLETS = {2: 3, 4: 3, 8: 3, 3: 2, 6: 2}  # (p: p notes in the time of q
 
 
 def whole(text, default=1, most=9999):
@@ -1468,407 +1430,282 @@ def whole(text, default=1, most=9999):
 def length_value(text):
     """'3/2', '/', '//' ... -> multiple of the unit length."""
     num, slash, den = text.partition("/")
-    if not slash:
-        return float(whole(num))
     digits = den.lstrip("/")
-    return whole(num) / (max(1, whole(digits)) if digits else 2 ** min(len(den) + 1, 8))
-
-
-@functools.lru_cache(maxsize=8192)
-def chord_value(text, sharps, octave):
-    """'^c,' or '[CE-G]' -> (pitches, whether each is tied, length of the first note inside the brackets)."""
-    pitches, ties, inner = [], [], 1.0
-    for mark, letter, marks, length, tie in NOTE.findall(text):
-        step = LETTERS.index(letter.upper())
-        alter = mark.count("^") - mark.count("_") if mark else (sharps + 5 - (2 * step + 1) % 7 + 1) // 7
-        height = 5 + octave + letter.islower() + marks.count("'") - marks.count(",")
-        inner = inner if pitches else length_value(length)
-        pitches.append(min(127, max(0, 12 * height + NATURAL[step] + alter)))
-        ties.append(tie == "-")
-    return pitches, ties, inner
+    return whole(num) / (max(1, whole(digits)) if digits else 2 ** min(len(slash + den), 8))
 
 
 def key_sharps(text):
     """'D', 'Bm', 'A dorian' ... -> sharps (flats negative), 0 for what is no key."""
     match = re.match(r"\s*([A-G])([#b]?)\s*([A-Za-z]{0,3})", text)
-    if not match:
-        return 0
-    letter, accidental, mode = match.groups()
-    sharps = "FCGDAEB".index(letter) - 1 + {"#": 7, "b": -7, "": 0}[accidental] + MODES.get(mode.lower(), 0)
-    return min(7, max(-7, sharps))
+    letter, accidental, mode = match.groups() if match else ("C", "", "")
+    return "FCGDAEB".index(letter) - 1 + {"#": 7, "b": -7, "": 0}[accidental] + MODES.get(mode.lower(), 0)
 
 
-def read_field(state, letter, value, report):
-    """Apply one information field to the reader's state."""
-    fraction = re.match(r"\s*(\d+)/(\d+)\s*(?:=\s*(\d+))?", value)
-    num, den, per_minute = (whole(x, 0) for x in fraction.groups()) if fraction else (0, 0, 0)
-    if letter == "L" and num and den:
-        (current_voice(state) if state["key"] else state)["unit"] = 4 * num / den
-    elif letter == "M":
-        num, den = (num, den) if fraction else (2, 2) if "C|" in value else (4, 4)
-        if 0 < num <= 64 and den in (1, 2, 4, 8, 16, 32, 64):
-            state["metre"] = 4 * num / den
-            state["metres"].append((state["clock"], num, den))
-        else:
-            report("bad_field")
-    elif letter == "Q":
-        qpm = 4 * num / den * per_minute if num and den and per_minute else whole(value.strip(), 120)
-        state["tempos"].append((state["clock"], min(max(qpm, 4), 6000)))
-    elif letter == "K":
-        sharps = key_sharps(value)
-        for voice in state["voices"].values() if not state["key"] else [current_voice(state)]:
-            voice["sharps"] = sharps
-        state["key"] = state["key"] or value.strip()
-    elif letter == "V":
-        state["now"] = (value.split() or ["1"])[0]
-        octave = re.search(r"octave=(-?\d)", value)
-        current_voice(state)["octave"] = int(octave[1]) if octave else current_voice(state)["octave"]
+@functools.lru_cache(maxsize=8192)
+def chord_value(text, sharps, octave):
+    """'^c,' or '[CE-G]' -> [(pitch, "-" if tied)]."""
+    notes = []
+    for mark, letter, marks, tie in NOTE.findall(text):
+        step = LETTERS.index(letter.upper())
+        alter = mark.count("^") - mark.count("_") if mark else (sharps + 5 - (2 * step + 1) % 7 + 1) // 7
+        height = 5 + octave + letter.islower() + marks.count("'") - marks.count(",")
+        notes.append((min(127, max(0, 12 * height + NATURAL[step] + alter)), tie))
+    return notes
 
 
-def current_voice(state):
-    """The voice that the last V: field named; made when it is new."""
-    voices = state["voices"]
-    if state["now"] not in voices:
-        voices[state["now"]] = {"index": len(voices), "program": 0, "drum": False, "octave": 0, "clock": 0.0,
-                                "bars": 0, "sharps": key_sharps(state["key"]), "unit": state["unit"]}
-    return voices[state["now"]]
+class Reader:
+    """Reads ABC line by line; what it can't read it skips and lists in `problems`.
 
-
-def read_directive(state, line):
-    """%%MIDI program n, %%MIDI channel 10."""
-    words = line.split()
-    if len(words) > 2 and words[1] == "program":
-        current_voice(state)["program"] = whole(words[-1], 0, 127)
-    elif words[1:3] == ["channel", "10"]:
-        current_voice(state)["drum"] = True
-
-
-@functools.lru_cache(maxsize=4096)  # music repeats itself: many bars of a song have been read before
-def read_layer(music, unit, sharps, octave):
-    """One layer of one bar -> ([(position, length, pitch, tied)], its length in beats, slugs of problems)."""
-    notes, problems, position, left, factor = [], [], 0.0, 0, 1.0
-    for text, length, tie, p, q, r, _ in TOKEN.findall(music):
-        if text:
-            beats = unit * length_value(length) if length else unit
-            if left:
-                left, beats = left - 1, beats * factor
-            pitches, ties, inner = chord_value(text, sharps, octave)
-            beats *= inner
-            for pitch, tied in zip(pitches, ties, strict=True):
-                notes.append((position, beats, pitch, tied or tie == "-"))
-            position += beats
-            if text[0] == "[" and text[-1] != "]":
-                problems.append("open_bracket")
-        elif p:
-            factor, left = (whole(q, 0) or TUPLETS.get(int(p), 2)) / (int(p) or 1), whole(r, 0) or int(p)
-        else:
-            problems.append("bad_char")
-    if left:
-        problems.append("open_tuplet")
-    return notes, position, problems
-
-
-def read_bar(state, bar, start, report):
-    """Add a bar of the current voice, from beat `start` on, to state["rows"]; returns its length in beats."""
-    voice, longest = current_voice(state), 0.0
-    full = state["metre"] if state["tagged"] else 1e9  # what hangs over the bar line is cut off there
-    index, line = voice["index"], state["line"]
-    for layer in bar.split("&"):
-        notes, length, problems = read_layer(layer, voice["unit"], voice["sharps"], voice["octave"])
-        state["rows"] += [(index, start + position, min(beats, full - position), pitch, tied, line)
-                          for position, beats, pitch, tied in notes if position < full - 1e-6]
-        longest = max(longest, length)
-        for slug in [*problems, *["bar_length"] * (abs(length - state["metre"]) > 1e-6)]:
-            report(slug)
-    return longest
-
-
-def read_music(state, music, report):
-    """The bars of the current voice in one line; returns how many bars of the line they fill.
-
-    With inline voices a line is one bar, or n bars of silence as Zn, and a bar line too early is ignored.
-    In other tunes bars follow each other, whatever their length.
+    There are two layouts. Inline: a line is a bar of several voices, as midi_to_abc writes it, and its notes
+    are placed in that bar whatever went wrong before. Otherwise bars follow each other in each voice.
     """
-    voice, full, tagged = current_voice(state), state["metre"], state["tagged"]
-    bars = (music if tagged else ORNAMENT.sub("", music)).split("|")
-    if not bars[-1].strip():
-        bars.pop()
-    elif tagged:
-        report("no_bar_line")
-    count, filled, missed = 0, 0.0, 0
-    for i, bar in enumerate(bars):
-        silent = re.fullmatch(r"\s*Z(\d*)\s*", bar)
-        if silent and tagged and not i and len(bars) > 1:  # Zn before music: the bars this voice has missed
-            missed = whole(silent[1])
-        elif silent:
-            count += whole(silent[1])
-            voice["clock"] += full * whole(silent[1])
-        else:
-            length = read_bar(state, bar, state["clock"] + filled if tagged else voice["clock"], report)
-            voice["clock"] += length
-            filled = filled + length if filled + length < full - 1e-6 else 0.0
-            count = 1 if tagged else count + 1
-    if tagged and voice["bars"] + missed != state["bars"]:
-        report("silent_bars")
-    voice["bars"] = count + (max(state["bars"], voice["bars"]) if tagged else voice["bars"])
-    return count
+
+    def __init__(self, text):
+        self.inline = "[V:" in text
+        self.metre, self.key, self.name, self.voices = 4.0, "", "1", {}
+        self.unit, self.sharps = 0.5, 0  # of voices to come
+        self.bar, self.clock, self.played = 0, 0.0, set()  # inline: this bar, its beat, who has played in it
+        self.number, self.rows, self.tempos, self.metres, self.problems = 0, [], [], [], []
+
+    @property
+    def voice(self):
+        """The current voice, made when it is new. Its bar started at beat `start` and is read up to `now`."""
+        if self.name not in self.voices:
+            self.voices[self.name] = SimpleNamespace(
+                index=len(self.voices), unit=self.unit, sharps=self.sharps, octave=0, program=0, drum=False,
+                bars=0, start=0.0, now=0.0, end=0.0)
+        return self.voices[self.name]
+
+    def report(self, slug, wrong=True):
+        self.problems += [(self.number, slug)] * bool(wrong)
+
+    def read_line(self, line):
+        words = line.split()
+        if words[:2] == ["%%MIDI", "program"]:
+            self.voice.program = whole(words[-1], 0, 127)
+        elif words[:3] == ["%%MIDI", "channel", "10"]:
+            self.voice.drum = True
+        elif line[1:2] == ":" and line[0].isalpha() and not (self.inline and "|" in line):
+            self.read_field(line[0], line[2:])
+        elif words and line[0] != "%":
+            self.read_music(line if self.inline else ORNAMENT.sub("", line))
+
+    def read_field(self, letter, value):
+        """An information field. K: and L: are for all voices up to the first K:, then for the current one."""
+        fraction = re.match(r"\s*(\d+)/(\d+)\s*(?:=\s*(\d+))?", value)
+        num, den, per_minute = (whole(x, 0) for x in fraction.groups()) if fraction else (0, 0, 0)
+        clock = self.clock if self.inline or not self.key else self.voice.start
+        if letter == "L" and num and den:
+            (self.voice if self.key else self).unit = 4 * num / den
+        elif letter == "M":
+            num, den = (num, den) if fraction else (2, 2) if "C|" in value else (4, 4)
+            self.report("bad_field", not is_metre(num, den))
+            if is_metre(num, den):
+                self.metre = 4 * num / den
+                self.metres.append((clock, num, den))
+        elif letter == "Q":
+            qpm = 4 * num / den * per_minute if den else whole(value.strip(), 120)
+            self.tempos.append((clock, min(max(qpm, 4), 6000)))
+        elif letter == "K":
+            (self.voice if self.key else self).sharps = key_sharps(value)
+            self.key = self.key or value.strip() or "C"
+        elif letter == "V":
+            self.name = (value.split() or ["1"])[0]
+            if octave := re.search(r"octave=(-?\d)", value):
+                self.voice.octave = int(octave[1])
+
+    def read_music(self, line):
+        """A line of music; inline, a bar."""
+        if self.inline:
+            self.voice.start = self.voice.now = self.clock
+        left, factor = 0, 1.0  # of a tuplet: notes to come, what their lengths are multiplied with
+        for letter, value, text, length, tie, end, p, q, r, missed, silent in TOKEN.findall(line):
+            voice = self.voice
+            if text:
+                beats = voice.unit * length_value(length) * (factor if left > 0 else 1)
+                left -= 1
+                fits = min(beats, self.clock + self.metre - voice.now) if self.inline else beats
+                if fits > 1e-6:  # what hangs over the bar line is cut off
+                    self.rows += [(voice.index, voice.now, fits, pitch, bool(tie or own), self.number)
+                                  for pitch, own in chord_value(text, voice.sharps, voice.octave)]
+                voice.now += beats
+                self.report("open_bracket", text[0] == "[" and text[-1] != "]")
+            elif end:
+                self.report("open_tuplet", left > 0)
+                left = 0
+                self.end_layer(voice, end)
+            elif letter:
+                self.change_voice(value) if letter == "V" else self.read_field(letter, value)
+            elif p:
+                left = whole(r, 0) or whole(p)
+                factor = (whole(q, 0) or (3 if p in "248" else 2)) / max(1, whole(p))
+            elif silent or missed:
+                voice.bars += whole(missed)
+                voice.start = voice.now = voice.now + (not self.inline) * self.metre * whole(missed)
+            else:
+                self.report("bad_char")
+        if self.inline:
+            self.next_bar()
+
+    def end_layer(self, voice, end):
+        """At & or |: a layer must fill a bar. Inline, a bar line too early is ignored."""
+        length = voice.now - voice.start
+        voice.end = max(voice.end, voice.now)
+        self.report("bar_length", abs(length - self.metre) > 1e-6 and (length or self.inline))  # || is no bar
+        if end == "&":
+            voice.now = voice.start
+        elif self.inline:
+            self.report("silent_bars", voice.bars != self.bar)
+            voice.bars = self.bar + 1
+            voice.now = voice.start if length > self.metre - 1e-6 else voice.now
+        elif voice.end > voice.start:
+            voice.start = voice.now = voice.end
+            voice.bars += 1
+
+    def change_voice(self, value):
+        """Inline: the turn of another voice; if it had one in this bar a line break was lost."""
+        self.close_bar()
+        self.read_field("V", value)
+        if self.name in self.played:
+            self.next_bar()
+        self.played.add(self.name)
+        self.voice.start = self.voice.now = self.clock
+
+    def close_bar(self):
+        if self.voice.now > self.voice.start:
+            self.report("no_bar_line")
+            self.end_layer(self.voice, "|")
+            self.voice.now = self.voice.start
+
+    def next_bar(self):
+        self.close_bar()
+        self.bar, self.clock, self.played = self.bar + 1, self.clock + self.metre, set()
 
 
-def merge_ties(rows, report):
-    """Rows (voice, onset, duration, pitch, tied, line) -> Notes by voice, onset, pitch, ties merged."""
+def merge_ties(rows):
+    """Rows (voice, onset, duration, pitch, tied, line) -> (Notes by voice, onset; lines of open ties)."""
     table = np.array(rows, float).reshape(-1, 6)
-    key = table[:, 0] * 128 + table[:, 3]
-    table = table[np.lexsort((table[:, 1], key))]
-    voice, onset, duration, pitch, tied, line = table.T
-    end = onset + duration
+    table = table[table[:, 1] < MAX_BEATS]
+    voice, onset, duration, pitch, tied, line = table[np.lexsort((table[:, 1], table[:, 3], table[:, 0]))].T
+    end = np.minimum(onset + duration, MAX_BEATS)
     joined = (np.diff(voice * 128 + pitch) == 0) & (np.abs(onset[1:] - end[:-1]) < 1e-4) & (tied[:-1] > 0)
     first = np.flatnonzero(np.append(True, ~joined)[:len(onset)])
-    for number in line[(tied > 0) & ~np.append(joined, False)[:len(onset)]].astype(int).tolist():
-        report("open_tie", number)
-    end = np.maximum.reduceat(end, first) if len(first) else end
-    notes = Notes(voice[first].astype(int), onset[first], end - onset[first], pitch[first].astype(int))
-    return Notes(*(a[np.lexsort((notes.pitch, notes.onset, notes.voice))] for a in notes))
+    last = np.flatnonzero(np.append(~joined, True)[:len(onset)])
+    notes = Notes(voice[first].astype(int), onset[first], end[last] - onset[first], pitch[first].astype(int))
+    order = np.lexsort((notes.pitch, notes.onset, notes.voice))
+    return Notes(*(column[order] for column in notes)), line[last][tied[last] > 0].astype(int).tolist()
 
 
 def read_abc(text):
     """ABC text -> Tune. Never raises: what cannot be read is skipped and listed in `problems`."""
-    problems, tagged = [], "[V:" in text
-    state = {"unit": 0.5, "metre": 4.0, "clock": 0.0, "bars": 0, "key": "", "now": "1", "line": 0,
-             "voices": {}, "rows": [], "tempos": [], "metres": [], "tagged": tagged}
-
-    def report(slug, line=None):
-        problems.append((state["line"] if line is None else line, slug))
-
-    if tagged:  # a line broken inside a bar goes on
+    reader = Reader(text)
+    if reader.inline:  # a line broken inside a bar goes on
         text = re.sub(r"(\[V:[^\n]*[^|\s])\n(?!\[|[A-Za-z]:|%)", r"\1", text)
-    for state["line"], line in enumerate(text.splitlines(), 1):
-        if line.startswith("%%MIDI"):
-            read_directive(state, line)
-        elif line[1:2] == ":" and line[0].isalpha() and not (tagged and "|" in line):
-            read_field(state, line[0], line[2:], report)
-        elif line.strip() and line[0] != "%":
-            read_line(state, line, report)
-    if not state["key"]:
-        report("no_header", 0)
-    voices = [(v["program"], v["drum"]) for v in state["voices"].values()]
-    notes = merge_ties(state["rows"], report)
-    return Tune(notes, voices, state["key"], state["tempos"], state["metres"], state["bars"], problems)
-
-
-def expected_bar(state, parts):
-    """The bar that a line of inline voices is: the next one, unless all its voices have just played another.
-
-    That puts right a line break that was lost or added. Voices that re-enter (Zn) or stand alone have no say.
-    """
-    names = [name for letter, name, music in zip(parts[1::3], parts[2::3], parts[3::3], strict=True)
-             if letter == "V" and name in state["voices"] and music[:1] != "Z"]
-    bars = {state["voices"][name]["bars"] for name in names}
-    agreed = len(names) > 1 and len(bars) == 1 and abs(min(bars) - state["bars"]) == 1
-    return min(bars) if agreed else state["bars"]
-
-
-def read_line(state, line, report):
-    """One line of music. In a tune with inline voices the clock then moves past its bar."""
-    parts, counts = FIELD.split(line), [0]
-    if state["tagged"]:
-        bar = expected_bar(state, parts)
-        state["clock"] += (bar - state["bars"]) * state["metre"]
-        state["bars"] = bar
-    for i in range(0, len(parts), 3):
-        if parts[i].strip():
-            counts.append(read_music(state, parts[i], report))
-        if i + 1 < len(parts):
-            read_field(state, parts[i + 1], parts[i + 2], report)
-    if state["tagged"]:
-        state["clock"] += max(counts) * state["metre"]
-        state["bars"] += max(counts)
-    else:
-        voice = current_voice(state)
-        state["clock"], state["bars"] = voice["clock"], max(state["bars"], voice["bars"])
+    for reader.number, line in enumerate(text.splitlines(), 1):
+        reader.read_line(line)
+    notes, open_ties = merge_ties(reader.rows)
+    problems = reader.problems + [(line, "open_tie") for line in open_ties]
+    problems += [(0, "no_header")] * (not reader.key)
+    voices = [(voice.program, voice.drum) for voice in reader.voices.values()]
+    n_bars = max([voice.bars for voice in reader.voices.values()], default=0)
+    return Tune(notes, voices, reader.key, reader.tempos, reader.metres, n_bars, problems)
 
 
 def abc_to_midi(text):
     """ABC text -> bytes of a Standard MIDI File, one track per voice. Never raises on any string."""
     tune, score = read_abc(text), symusic.Score(480)
-    notes = Notes(*(column[tune.notes.onset < 1e6] for column in tune.notes))  # MIDI counts ticks in 32 bits
-    start = np.rint(notes.onset * 480).astype(np.int32)
-    length = np.maximum(np.rint((notes.onset + notes.duration) * 480).astype(np.int32) - start, 1)
+    start = np.rint(tune.notes.onset * 480).astype(np.int32)
+    length = np.maximum(np.rint((tune.notes.onset + tune.notes.duration) * 480).astype(np.int32) - start, 1)
     velocity = np.full(len(start), 90, np.int8)
     for index, (program, drum) in enumerate(tune.voices):
-        mine = notes.voice == index
+        mine = tune.notes.voice == index
         if mine.any():
             track = symusic.Track(program=program, is_drum=drum, name="")
-            columns = start, length, notes.pitch.astype(np.int8), velocity
+            columns = start, length, tune.notes.pitch.astype(np.int8), velocity
             track.notes = symusic.Note.from_numpy(*(column[mine] for column in columns))
             score.tracks.append(track)
     for beat, qpm in tune.tempos or [(0, 120)]:
-        score.tempos.append(symusic.Tempo(round(min(beat, 1e6) * 480), qpm=float(qpm)))
+        score.tempos.append(symusic.Tempo(round(min(beat, MAX_BEATS) * 480), qpm=float(qpm)))
     for beat, num, den in tune.metres or [(0, 4, 4)]:
-        score.time_signatures.append(symusic.TimeSignature(round(min(beat, 1e6) * 480), num, den))
+        score.time_signatures.append(symusic.TimeSignature(round(min(beat, MAX_BEATS) * 480), num, den))
     return score.dumps_midi()
 
 
 # --- strict export
 
-def strict_ticks(beats):
-    """Beats -> ticks on the 1/16 or the 1/6 grid, whichever is nearer; a sampled text may have others."""
-    fine, third = np.rint(beats * 16).astype(int) * 3, np.rint(beats * 6).astype(int) * 8
-    return np.where(np.abs(fine / BEAT - beats) <= np.abs(third / BEAT - beats) + 1e-6, fine, third)
-
-
-def strict_bars(tune):
-    """Bar starts in ticks that cover the tune, and {bar: '[M:3/4]'}."""
-    notes = tune.notes
-    end = float((notes.onset + notes.duration).max()) if len(notes.onset) else 0.0
-    metres = [(round(beat * 8) * 6, num, den) for beat, num, den in tune.metres if beat < end]
-    bars, fields, stop = [], {}, int(end * BEAT) + 1
-    for (start, num, den), (until, *_) in itertools.pairwise([*(metres or [(0, 4, 4)]), (stop,)]):
-        if until > start:
-            length = max(3, 4 * BEAT * num // den)
-            fields[len(bars)] = f"[M:{num}/{den}]"
-            bars += range(start, until, length)
-    return [*bars, bars[-1] + length], fields
-
-
-def strict_layers(start, end, pitch, bars, effort):
-    """Notes of one voice, in ticks -> layers [[(start, end, pitches)]] without overlaps.
-
-    Readers differ on tied chords: one across a bar line becomes single notes with effort 2, ends there with
-    effort 1; effort 0 makes one layer of everything, each chord lasting to the next at most.
-    """
-    chords = {}
-    for s, e, p in zip(start, end, pitch, strict=True):
-        chords.setdefault((s, e if effort else 0), []).append((e, p))
-    starts = [*sorted({s for s, _ in chords}), bars[-1]]
-    events = []
-    for (s, _), notes in chords.items():
-        e = max(e for e, _ in notes) if effort else min(starts[bisect(starts, s)], max(e for e, _ in notes))
-        pitches = sorted({p for _, p in notes})
-        crosses = e > bars[bisect(bars, s)]
-        events += [(s, e, [p]) for p in pitches] if crosses and effort == 2 else [(s, e, pitches)]
-    layers = []
-    for event in sorted(events):
-        for layer in layers:
-            if layer[-1][1] <= event[0]:
-                layer.append(event)
-                break
-        else:
-            layers.append([event])
-    return layers
-
-
-def strict_items(events, bars):
-    """One layer -> (items (start, end, pitches, tied) that fill it; which beats are triplets)."""
-    thirds = {t // BEAT for event in events for t in event[:2] if t % 3}
-    thirds -= {t // BEAT for t in bars if t % BEAT}
-    cuts = sorted({*bars, *(t * BEAT for t in thirds), *((t + 1) * BEAT for t in thirds)})
-    filled, now = [], 0
-    for s, e, pitches in [*events, (bars[-1], bars[-1], [])]:
-        s, e = (round(t / n) * n for t in (s, e) for n in [8 if t // BEAT in thirds else 3])
-        filled += [(now, s, [])] * (s > now) + [(s, e, pitches)] * (e > s)
-        now = max(now, e)
-    items = []
-    for s, e, pitches in filled:
-        edges = [s, *cuts[bisect(cuts, s):bisect_left(cuts, e)], e]
-        # 5/6 of a beat cannot be written as one note of a triplet
-        fives = [a + 32 for a, b in itertools.pairwise(edges) if b - a == 40 and a // BEAT in thirds]
-        for a, b in itertools.pairwise(sorted(edges + fives)):
-            sounding = pitches if a == s or len(pitches) == 1 else []  # a chord ends instead of being tied
-            items.append((a, b, sounding, len(sounding) == 1 and b < e))
-    return items, thirds
-
-
-def strict_name(pitches):
-    """Pitches -> 'z', '^c,' or '[=C=E]': an accidental on every note, so that key and memory play no part."""
-    names = [spelling(5, 0)[0][128 + p] for p in pitches]
-    return "[" + "".join(names) + "]" if len(names) > 1 else names[0] if names else "z"
-
-
-def strict_voice(events, bars, fields):
-    """One layer -> its bars as text, ten to a line."""
-    items, thirds = strict_items(events, bars)
-    texts, bar, beat = [], -1, -1
-    for i, (s, e, pitches, tied) in enumerate(items):
-        if s >= bars[bar + 1]:
-            bar += 1
-            texts.append(("|" if bar else "") + ("" if bar % 10 else "\n") + fields.get(bar, ""))
-        length = e - s
-        if s // BEAT in thirds:
-            length = length * 3 // 2
-            if s // BEAT != beat:
-                beat = s // BEAT
-                texts.append(f"(3:2:{sum(item[0] // BEAT == beat for item in items[i:i + 7])}")
-        texts.append(strict_name(pitches) + length_text(length, BEAT // 2) + "-" * tied)
-    return "".join(texts) + "|"
-
-
-def strict_blocks(tune, bars):
-    """Voices cut into at most 30 layers (abc2midi breaks on more) -> [((program, is_drum), its events)]."""
-    voice, start = tune.notes.voice, strict_ticks(tune.notes.onset)
-    end = np.maximum(strict_ticks(tune.notes.onset + tune.notes.duration), start + np.where(start % 3, 8, 3))
-    for effort in (2, 1, 0):
-        blocks = []
-        for index, sound in enumerate(tune.voices):
-            mine = voice == index
-            columns = (column[mine].tolist() for column in (start, end, tune.notes.pitch))
-            blocks += [(sound, layer) for layer in strict_layers(*columns, bars, effort)]
-        if len(blocks) <= 30:
-            return blocks
-    sounds = sorted(set(tune.voices), key=lambda sound: (not sound[1], sound))[:30]
-    voice = np.array([sounds.index(sound) if sound in sounds else 29 for sound in tune.voices])[voice]
-    return strict_blocks(tune._replace(notes=tune.notes._replace(voice=voice), voices=sounds), bars)
+MAX_VOICES = 30  # abc2midi breaks on more
 
 
 def strict_abc(text):
     """Any ABC text -> an export that abc2midi and music21 read alike: V: blocks, all accidentals written.
 
-    abc2midi knows only lengths over powers of two; music21 no inline voices, &, Z, octave=, ties of chords.
-    What exceeds 30 voices loses length, not notes: chords end at bar lines, then at the next onset; then
-    voices of one sound are joined.
+    abc2midi does not know lengths over anything but powers of two, more than 30 voices, 15 automatic channels
+    or about 50,000 notes in a voice; it takes a chord's length from its first note, starts the others late
+    without `chordattack 0`, and reads Q: in the first voice only. music21 does not know inline [V:], [K:] and
+    [L:], Z, x, &, octave=, %%MIDI; it strikes tied chords again and raises on an open [ and on 5/6 beat in a
+    triplet. Where the layers of all voices are more than 30, chords of the fullest voices are cut at the
+    start of the next.
     """
     tune = read_abc(text)
-    bars, metres = strict_bars(tune)
-    first = dict(metres)
-    for beat, qpm in tune.tempos:
-        bar = min(max(0, bisect(bars, round(beat * BEAT)) - 1), len(bars) - 2)
-        first[bar] = metres.get(bar, "") + f"[Q:1/4={max(1, round(qpm))}]"
-    head = re.findall(r"\[(.*?)\]", first[0])
-    lines = ["X:1", "L:1/8", *head, "%%MIDI chordattack 0", "K:C"]
+    if not len(tune.notes.pitch):
+        return "X:1\nL:1/8\nM:4/4\nK:C\nz8|\n"
+    used, voice = np.unique(tune.notes.voice, return_inverse=True)
+    voices = [tune.voices[i] for i in used.tolist()]
+    if len(voices) > MAX_VOICES:  # those of one sound are joined
+        sounds = sorted(set(voices))[-MAX_VOICES:]
+        voice = np.array([sounds.index(max(sound, sounds[0])) for sound in voices])[voice]
+        voices = sounds
+    notes = merge_duplicates(tune.notes._replace(voice=voice))
+    bars, metres = bar_lines(tune.metres, int(((notes.onset + notes.duration).max() + 1) * BEAT))
+    triplet = triplet_beats(notes, bars, 3)
+    voice, pitch, start, end = grid_notes(notes, 3, triplet)
+    crossing = np.bincount(cut_pieces(voice, start, end, bars, triplet)[0]) > 1  # ties on single notes only
+    most = np.full(len(voices), MAX_VOICES)
+    for _ in range(2):
+        layer, ends = layer_notes((voice, pitch, start, end), most, crossing)
+        np.maximum.at(most := np.zeros(len(voices), int), voice, layer + 1)
+        while most.sum() > MAX_VOICES:
+            most[most.argmax()] -= 1
+    part = (np.cumsum(most) - most)[voice] + layer
+    triplet, sounds = np.repeat(triplet, most, axis=0), np.repeat(voices, most, axis=0).tolist()
+    unit, _, cells = write_cells((part, pitch, start, ends), bars, triplet, None, [0] * len(sounds))
+    fields = header_fields(metres, bar_tempos(tune.tempos, bars[:cells[-1][0] + 2])[0])
+    return write_strict(unit, cells, fields, sounds)
+
+
+def write_strict(unit, cells, fields, sounds):
+    """Cells -> text: a V: block for each part, a line per bar; `sounds`: (program, is_drum) of the parts."""
+    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields.pop(0)), "%%MIDI chordattack 0", "K:C"]
     channels = {}
-    blocks = strict_blocks(tune, bars) if len(tune.notes.pitch) else [((0, False), [])]
-    for number, ((program, drum), events) in enumerate(blocks, 1):
+    for part, (program, drum) in enumerate(sounds):
         free = min(len(channels) + 1, 15)  # the tenth is for drums
         channel = 10 if drum else channels.setdefault(program, free + (free > 9))
-        lines += [f"V:{number}", f"%%MIDI channel {channel}", f"%%MIDI program {program}", "K:C"]
-        lines[-1] += strict_voice(events, bars, first if number == 1 else metres)
+        lines += [f"V:{part + 1}", f"%%MIDI channel {channel}", f"%%MIDI program {program}", "K:C"]
+        lines += [fields.get(bar, "") + music + "|" for bar, _, music in cells[part::len(sounds)]]
+        if not part:  # abc2midi reads Q: in the first voice only, music21 in any
+            fields = {bar: re.sub(r"\[Q.*?]", "", text) for bar, text in fields.items()}
     return "\n".join(lines) + "\n"
 
 
-def abc2midi_notes(text, timeout=30):
+def abc2midi_notes(text):
     """(Notes, [(program, is_drum)]) that abc2midi, an independent reader, finds in a text's strict export.
 
-    The binary inside symusic may lack its run bit: a private copy is run. Raises SubprocessError, OSError.
+    Raises Skip, Rejected, UserError.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        binary = shutil.copy(next(Path(symusic.__file__).parent.glob("bin/abc2midi*")), folder)
-        os.chmod(binary, 0o700)
-        Path(folder, "tune.abc").write_text(strict_abc(text))
-        subprocess.run([binary, "tune.abc", "-o", "tune.mid", "-silent"], cwd=folder, timeout=timeout,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-        return score_notes(read_score(Path(folder, "tune.mid")))
+    with abc2midi_program() as program:
+        return score_notes(read_score(run_abc2midi(program, strict_abc(text).encode())))
 
 
 # --- scoring
 
+
 def note_f1(reference, candidate, onset_tolerance=1 / 8, durations=False):
-    """F1 of notes matched by pitch and onset (and length within 20 % or 1/8 beat), duplicates merged."""
-    a, b = (sorted_notes(notes) for notes in (reference, candidate))
-    if len(a) == len(b) and not durations and np.all(np.abs(a - b)[:, :2] <= [0, onset_tolerance + 1e-6]):
-        return 1.0
-    rows, others = a.tolist(), b.tolist()
+    """F1 of notes matched by pitch and onset (length within 20 % or 1/8 beat), duplicates merged."""
+    a, b = (sorted(zip(notes.pitch.tolist(), notes.onset.tolist(), notes.duration.tolist(), strict=True))
+            for notes in (merge_duplicates(reference), merge_duplicates(candidate)))
     i = j = hits = 0
-    while i < len(rows) and j < len(others):
-        (pitch, onset, duration), (other_pitch, other_onset, other_duration) = rows[i], others[j]
+    while i < len(a) and j < len(b):
+        (pitch, onset, duration), (other_pitch, other_onset, other_duration) = a[i], b[j]
         if pitch == other_pitch and abs(onset - other_onset) <= onset_tolerance + 1e-6:
             hits += not durations or abs(duration - other_duration) <= max(1 / 8, duration / 5) + 1e-6
             i, j = i + 1, j + 1
@@ -1879,13 +1716,6 @@ def note_f1(reference, candidate, onset_tolerance=1 / 8, durations=False):
     return 2 * hits / (len(a) + len(b)) if len(a) + len(b) else 1.0
 
 
-def sorted_notes(notes):
-    """Array (N, 3) of pitch, onset, duration, sorted in this order, duplicates merged."""
-    notes = merge_duplicates(notes)
-    order = np.lexsort((notes.duration, notes.onset, notes.pitch))
-    return np.stack([notes.pitch, notes.onset, notes.duration], axis=1)[order]
-
-
 def convert_one(data, cfg):
     """MIDI file (bytes or path) -> dict of its text, its round-trip score and its sizes. Raises Rejected."""
     score = read_score(data)
@@ -1893,8 +1723,9 @@ def convert_one(data, cfg):
     row = score_to_abc(score, notes, voices, cfg)
     f1 = note_f1(notes, read_abc(row["abc"]).notes)
     drums = np.array([drum for _, drum in voices])[notes.voice]
+    signature = fingerprint(notes, drums).astype("<u4").tobytes().hex()
     return row | {"n_notes": len(notes.pitch), "n_chars": len(row["abc"]), "f1": f1, "n_tracks": len(voices),
-                  "hash": content_hash(notes, drums), "signature": fingerprint(notes, drums).astype("<u4").tobytes().hex()}
+                  "hash": content_hash(notes, drums), "signature": signature}
 
 
 def describe_abc(text, path, cfg):
@@ -1974,95 +1805,107 @@ def fingerprint(notes, drums):
 
 
 def convert_file(source, target, cfg):
-    """In a worker: converts one MIDI file to `target`; returns its row of report.jsonl, a reject with its reason."""
+    """In a worker: converts a MIDI file to `target`; returns its row of report.jsonl."""
     try:
         data = Path(source).read_bytes()
         row = describe_abc(data.decode(), source, cfg) if str(source).endswith(".abc") else convert_one(data, cfg)
     except Rejected as reject:
         return {"reason": reject.reason}
-    except MemoryError:
-        return {"reason": "out_of_memory"}
-    except OSError as error:
-        return {"reason": f"unreadable_{type(error).__name__}"}
+    except Exception as error:  # out of memory, unreadable, or a bug: one file must not stop the others
+        return {"reason": f"failed_{type(error).__name__}"}
     write_text(target, row.pop("abc"))
-    return {"abc": os.path.relpath(target, cfg.abc_root), **row}
+    return {"abc": Path(target).relative_to(cfg.abc_root).as_posix(), **row}
 
 
 def limit_worker():
-    """A file that swells hits its worker's memory limit, not the machine's. Ctrl-C is the parent's business."""
+    """A file that swells hits its worker's limit, not the machine's. Ctrl-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(ImportError, OSError, ValueError):  # Linux only
         import resource
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**30, mapped + 2**30))
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**29, mapped + 2**29))
 
 
 def convert_all(files, cfg):
-    """Yields (file, row) for files relative to midi_root. A worker that crashes or hangs costs one file.
+    """Yields the row of each file in order. A worker that crashes or hangs costs one file.
 
-    Slices keep few files in flight, so that memory does not grow with their number.
+    Few files are in flight, so that memory does not grow with their number.
     """
+    jobs = collections.deque()
+
+    def oldest_row():
+        try:
+            return jobs.popleft().result()
+        except TimeoutError:
+            return {"reason": "timeout"}
+        except ProcessExpired:
+            return {"reason": "crashed"}
+
     with ProcessPool(max_workers=cfg.workers, initializer=limit_worker) as pool:
         try:
-            for i in range(0, len(files), 512):
-                slice_ = files[i:i + 512]
-                rows = pool.map(convert_file, [cfg.midi_root / file for file in slice_],
-                                [cfg.abc_root / f"{file.removesuffix('.abc')}.abc" for file in slice_], [cfg] * len(slice_),
-                                timeout=cfg.CONVERT_TIMEOUT).result()
-                for file in slice_:
-                    try:
-                        yield file, next(rows)
-                    except TimeoutError:
-                        yield file, {"reason": "timeout"}
-                    except ProcessExpired:
-                        yield file, {"reason": "crashed"}
+            for file in files:
+                paths = cfg.midi_root / file, cfg.abc_root / f"{file.removesuffix('.abc')}.abc"
+                jobs.append(pool.schedule(convert_file, (*paths, cfg), timeout=cfg.CONVERT_TIMEOUT))
+                if len(jobs) > 64 * cfg.workers:  # enough to keep the others busy while one takes its time
+                    yield oldest_row()
+            while jobs:
+                yield oldest_row()
         except BaseException:
             pool.stop()
             raise
 
 
-def read_journal(path, recipe):
-    """The rows that an interrupted conversion of the same recipe left, {file: row}."""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8") as lines:
-        rows = []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):  # the line that was being written
-                rows.append(json.loads(line))
-        if rows and rows[0] == recipe:
-            return {row["file"]: row for row in rows[1:]}
-    return {}
+def read_rows(path):
+    """The rows of a report or journal one by one, up to a line that was cut off; none without a file."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), open(path, encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
 
 
-@stage(version=1, knobs="CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", after=extract)
-def convert(cfg):
-    """Converts every MIDI file in a worker process that may die; every file ends as text or as a counted reason."""
-    files = read_json(Path(cfg.DATA_ROOT, "midi_index.json"))["files"]
-    report, journal = cfg.abc_root / "report.jsonl", cfg.abc_root / "journal.jsonl"
-    recipe = convert.recipe(cfg)
-    rows = read_journal(journal, recipe)
-    if not rows and report.exists():  # texts of an earlier recipe
-        for row in read_jsonl(report):
+def resume_journal(journal, recipe, cfg):
+    """How many files the journal of an interrupted conversion holds; a last line that was cut off is removed.
+
+    The journal of another recipe, and the report of an earlier conversion, go with the texts that they list.
+    """
+    rows = read_rows(journal)
+    if next(rows, None) == recipe:
+        done = sum(1 for _ in rows)
+        with open(journal, "rb+") as file:
+            file.truncate(sum(len(line) for line in itertools.islice(file, done + 1)))
+        return done
+    for path in (journal, cfg.abc_root / "report.jsonl"):
+        for row in read_rows(path):
             if "abc" in row:
                 Path(cfg.abc_root, row["abc"]).unlink(missing_ok=True)
-        report.unlink()
-    write_text(journal, "".join(json.dumps(row) + "\n" for row in [recipe, *rows.values()]))
-    todo = [file for file in files if file not in rows]
-    with open(journal, "a", encoding="utf-8") as out, \
-            progress(total=len(files), initial=len(rows), desc="convert", unit="file") as bar:
-        for file, row in convert_all(todo, cfg):
-            rows[file] = {"file": file, **row}
-            out.write(json.dumps(rows[file]) + "\n")
-            bar.update()
-    accepted = [rows[file] for file in files if "abc" in rows[file]]
-    packed = bytes.fromhex("".join(row.pop("signature") for row in accepted))
-    signatures = np.frombuffer(packed, "<u4").reshape(len(accepted), -1)
-    with atomic_path(cfg.abc_root / "signatures.npy") as partial, open(partial, "wb") as out:
-        np.save(out, signatures)
-    write_jsonl(report, [rows[file] for file in files])
+        path.unlink(missing_ok=True)
+    write_text(journal, json.dumps(recipe) + "\n")
+    return 0
+
+
+@stage(version=2, knobs="CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", after=extract)
+def convert(cfg):
+    """Converts every MIDI file in a worker that may die; every file ends as text or as a counted reason."""
+    files = read_json(Path(cfg.DATA_ROOT, "midi_index.json"))["files"]
+    report, journal = cfg.abc_root / "report.jsonl", cfg.abc_root / "journal.jsonl"
+    done = resume_journal(journal, convert.recipe(cfg), cfg)
+    with open(journal, "a", encoding="utf-8", buffering=1, newline="\n") as out:  # line by line
+        rows = progress(convert_all(files[done:], cfg), "convert", len(files), "file", initial=done)
+        for file, row in zip(files[done:], rows, strict=True):
+            out.write(json.dumps({"file": file, **row}) + "\n")
+    reasons = Counter(row.get("reason", "") for row in itertools.islice(read_rows(journal), 1, None))
+    accepted = reasons.pop("", 0)
+    need(len(files) == accepted + reasons.total(), "the books of the conversion do not balance")
+    need(accepted, f"no MIDI file became ABC: {dict(reasons)}")
+    signatures = np.lib.format.open_memmap(cfg.abc_root / "signatures.npy", "w+", "<u4", (accepted, NUM_PERM))
+    with atomic_path(report) as partial, open(partial, "w", encoding="utf-8", newline="\n") as out:
+        place = itertools.count()
+        for row in itertools.islice(read_rows(journal), 1, None):
+            if "signature" in row:
+                signatures[next(place)] = np.frombuffer(bytes.fromhex(row.pop("signature")), "<u4")
+            out.write(json.dumps(row) + "\n")
+    signatures.flush()
     journal.unlink()
-    reasons = Counter(row["reason"] for row in rows.values() if "reason" in row)
-    need(len(files) == len(accepted) + reasons.total(), "the books of the conversion do not balance")
-    say(f"convert   {len(accepted):,} of {len(files):,} files became ABC; rejected: {dict(reasons.most_common()) or 'none'}")
+    say(f"convert   {accepted:,} of {len(files):,} files became ABC; "
+        f"rejected: {dict(reasons.most_common()) or 'none'}")
     return [report, cfg.abc_root]
 
 
