@@ -7,6 +7,7 @@ new music come out at the bottom. The file reads in the order in which the study
     python LakhMIDI.py --LMD_ZIP_PATH lmd_full.tar.gz     the same on the Lakh MIDI Dataset
     python LakhMIDI.py --status                           what is done, what is stale
     python LakhMIDI.py --from train --STUDY cpu           part of it, with another knob (--help lists all)
+    python LakhMIDI.py --plan 2h                          the best N and D for two hours, from the laws fitted
 
   stage      reads                     writes
   extract    ZIP, tar, folder, corpus  data_lakh/midi/, midi_index.json
@@ -203,7 +204,8 @@ class Cfg(metaclass=KnobType):
         """A study of seconds, all files below `root`."""
         root = Path(root)
         return cls(**{"DATA_ROOT": root / "data_lakh", "SAVE_DIR": root / "runs_lakh", "STUDY": "smoke", "WORKERS": 1,
-                      "MAX_MIDI_FILES": 80, "EVAL_TOKENS": 4_000, "SAMPLES": 4, "SAMPLE_CHARS": 200, **knobs})
+                      "MAX_MIDI_FILES": 80, "EVAL_TOKENS": 4_000, "SAMPLES": 4, "SAMPLE_CHARS": 200,
+                      "BOOTSTRAP": 50, **knobs})
 
     # --- derived values
     @property
@@ -3198,11 +3200,14 @@ def crossover(first, second, level=0.95):
     if not len(crossings):
         return {**out, "reason": f"none in range: the {'first' if ratio[-1] < 0 else 'second'} family stays ahead"}
     i = min(crossings, key=lambda k: abs(x[k] - np.log(sizes).mean()))  # two laws may meet twice
-    apart = np.nan_to_num(np.maximum(lo, -hi), nan=-1.0)  # above 0 where the losses are told apart
-    below, above = np.flatnonzero(apart[:i + 1] > 0), i + np.flatnonzero(apart[i + 1:] > 0)
-    for key, y, where in (("value", ratio, [i]), ("lo", apart, below[-1:]), ("hi", apart, above[:1])):
+    side = np.sign(ratio[i])  # the band of side * ratio falls through 0 at the crossing
+    lower = np.nan_to_num(np.minimum(side * lo, side * hi), nan=-1)
+    upper = np.nan_to_num(np.maximum(side * lo, side * hi), nan=1)
+    below, above = np.flatnonzero(lower[:i + 1] > 0), i + np.flatnonzero(upper[i + 1:] < 0)
+    for key, y, where in (("value", ratio, [i]), ("lo", lower, below[-1:]), ("hi", upper, above[:1])):
         for k in where:  # the zero of the line through the points k and k + 1
             out[key] = float(np.exp(x[k] - y[k] * (x[k + 1] - x[k]) / (y[k + 1] - y[k])))
+    out["reason"] = "" if sizes.min() <= out["value"] <= sizes.max() else "extrapolated: outside the sizes trained"
     return out
 
 
@@ -3824,6 +3829,7 @@ def parse_flags(argv):
     parser.add_argument("--to", dest="last", choices=names, metavar="STAGE", default=names[-1], help="stop after this")
     parser.add_argument("--only", choices=names, metavar="STAGE", help=f"one of {', '.join(names)}")
     parser.add_argument("--force", action="store_true", help="run the chosen stages even where they are up to date")
+    parser.add_argument("--plan", metavar="BUDGET", help="print the best N and D for 2h, 90m or 1e18 FLOPs, and stop")
     parser.add_argument("--status", action="store_true", help="say what is done and what is stale, and stop")
     knobs = parser.add_argument_group("knobs of class Cfg")
     for name, comment in knob_help().items():
@@ -3881,6 +3887,9 @@ def main(argv=None):
     try:
         cfg, flags = parse_flags(argv)
         cfg.check()
+        if flags.plan:
+            plan(cfg, flags.plan)
+            return 0
         cfg = cfg.pinned()
         if flags.status:
             for one in STAGES:
