@@ -2877,6 +2877,19 @@ def allowance(points, S, level):
     return max(variance, (ROUNDING * np.median(points.w))**2) * quantile
 
 
+def interval_ends(rise, best, step, limits):
+    """[lo, hi] around `best` where `rise` reaches 0, by root finding; None for an end beyond its limit."""
+    ends = []
+    for sign, limit in zip((-1, 1), limits, strict=True):
+        inner, outer = best, best + sign * step
+        while sign * (limit - outer) > 0 and rise(outer) < 0:
+            inner, outer = outer, best + 3 * (outer - best)
+        outer = sign * min(sign * outer, sign * limit)
+        found = sign * (outer - inner) > 0 and rise(outer) > 0
+        ends.append(optimize.brentq(rise, inner, outer, xtol=1e-9 * step, rtol=1e-7) if found else None)
+    return ends
+
+
 def profile_interval(points, fit, name, level=0.95, at=0.0):
     """[lo, hi] of alpha, a, c or the loss at x = `at`: what the points do not exclude at `level`; None for an open end."""
     S, u = fit
@@ -2893,14 +2906,7 @@ def profile_interval(points, fit, name, level=0.95, at=0.0):
     def rise(v):  # nearly straight on either side of the optimum
         return np.sqrt(max(misfit(np.log(v) if name == "c" else v) - S, 0)) - np.sqrt(extra)
 
-    ends = []
-    for sign, limit in zip((-1, 1), limits, strict=True):
-        inner, outer = best, best + sign * step
-        while sign * (limit - outer) > 0 and rise(outer) < 0:
-            inner, outer = outer, best + 3 * (outer - best)
-        outer = sign * min(sign * outer, sign * limit)
-        found = sign * (outer - inner) > 0 and rise(outer) > 0
-        ends.append(optimize.brentq(rise, inner, outer, xtol=1e-9 * step, rtol=1e-7) if found else None)
+    ends = interval_ends(rise, best, step, limits)
     return [end if end is None or name == "c" else exp_or_none(end) for end in ends]
 
 
@@ -2962,7 +2968,7 @@ def verdict(law, exponents, misfits):
     width = {name: None if None in law[name].values() else law[name]["hi"] - law[name]["lo"] for name in exponents}
     missed = abs(law["holdout"]["error"] or 0)
     faults = [*misfits, *(f"the data do not bound {name}" for name in exponents if width[name] is None),
-              *(f"a {name} law, which has no such exponent, is not excluded"
+              *(f"the {name} law, which has no such exponent, is not excluded"
                 for name, rival in law["baselines"].items() if rival["log_odds"] > -ODDS),
               *([f"the largest model is missed by {missed:.1%}"] if missed > MISSED else [])]
     if faults:
@@ -3243,8 +3249,8 @@ def describe(law, runs):
     if law["status"] == "refused":
         return f"No law: {law['reason']}."
     N, holdout = main_table(runs)[0], law["holdout"]
-    span = (f"It rests on {len(np.unique(N))} sizes within a factor of {N.max() / N.min():.0f} and {len({r['seed'] for r in runs})} "
-            "seed(s)" + (", too narrow a range to carry the exponent over to larger models." if N.max() < 1000 * N.min() else "."))
+    span = (f"{len(np.unique(N))} sizes within a factor of {N.max() / N.min():.0f}, {len({r['seed'] for r in runs})} seed(s)"
+            + (": too narrow a range to carry an exponent over to larger models." if N.max() < 100 * N.min() else "."))
     if law["status"] == "not_identified":
         return f"These runs support no exponent: {law['reason']}. {span}"
     missed = "" if holdout["error"] is None else f"; the largest model is predicted from the others to {holdout['error']:+.1%}"
@@ -3349,9 +3355,10 @@ def plan(cfg, budget):
         n, d, loss = (f"{row[k]:.3g} [{row[k + '_lo']:.3g}, {row[k + '_hi']:.3g}]" for k in ("n", "d", "loss"))
         print(f"{family:5s}{n:>32s}{d:>32s}{row['epochs']:8.2g}{loss:>26s}")
         notes.append(f"{verdict}. {flops:.3g} FLOPs" + (f", at the {law['flops_per_s']:.3g}/s measured." if seconds else "."))
-        for key, column, noun in (("n", "n_fit", "model"), ("d", "tokens", "training")):
-            if row[key] > max(r[column] for r in runs):
-                notes.append(f"{family}: extrapolated, {row[key] / max(r[column] for r in runs):.1f} times the largest {noun} run.")
+        beyond = [f"{row[key] / top:.1f} times the largest {key.upper()}" for key, top in
+                  (("n", max(r["n_fit"] for r in runs)), ("d", max(r["tokens"] for r in runs))) if row[key] > 1.05 * top]
+        if beyond:
+            notes.append(f"{family}: extrapolated to {' and '.join(beyond)} trained.")
     print("\n".join(notes))
 
 
@@ -3436,22 +3443,27 @@ def draw_excess(axes, points, family, c):
 
 
 def draw_ridge(axes, points, colour, law):
-    """The region of (alpha, c) that the points allow; its shadows on the axes are the 95 % intervals."""
-    panel(axes, "c  Exponent and offset together; + best", "alpha", "c (nats per character)", "linear")
-    (S, u), (value, lo, hi), c = best_law(points), law["alpha"].values(), law["c"]
-    alphas = np.linspace((lo or value / 9) * 0.8, (hi or 3 * value) * 1.1, 41)
-    low, high = c["lo"] or 0, c["hi"] or np.exp(points.y.min())
-    offsets = np.linspace(max(low - 0.15 * (high - low), 1e-4 * high), high + 0.15 * (high - low), 41)
-
-    def misfit(u0, log_c):
-        return descend(points, best_level(points, u), lambda t: ((u0, log_c - t[0]), t[0]))[0]
-    rise = np.array([[misfit(np.log(alpha), np.log(c)) for alpha in alphas] for c in offsets]) - S
-    levels = [allowance(points, S, level) for level in (0.8, 0.95)]
-    if np.isfinite(levels[1]):
-        axes.contourf(alphas, offsets, rise, [0, *levels], colors=[colour], alpha=0.15)
-        lines = axes.contour(alphas, offsets, rise, levels, colors=[colour], linestyles=["--", "-"])
-        axes.clabel(lines, fmt=dict(zip(levels, ("80 %", "95 %"), strict=True)), fontsize=8)
-    axes.plot(value, law["c"]["value"], "+", color="black", ms=10, mew=1.5)
+    """The region of (alpha, c) that the points allow; its shadows on the axes are the intervals of each."""
+    panel(axes, "c  Exponent and offset together: 95 % (solid) and 80 % region", "alpha",
+          "c (nats per character)", "linear")
+    (S, u), value, c = best_law(points), law["alpha"]["value"], law["c"]["value"]
+    for level, line in ((0.95, "-"), (0.8, "--")):
+        (lo, hi), extra = profile_interval(points, (S, u), "alpha", level), allowance(points, S, level)
+        lo, hi, edges = lo or value / 9, hi or 3 * value, []
+        alphas = lo + (hi - lo) * (1 - np.cos(np.linspace(0.1, np.pi - 0.1, 41))) / 2  # dense at the ends
+        for u0 in np.log(alphas):
+            def rise(c, u0=u0):
+                return descend(points, middle, lambda t: ((u0, np.log(c) - t[0]), t[0]))[0] - S - extra
+            log_rho = descend(points, linear_start(points, alpha_of([u0]))[1],
+                              lambda t, u0=u0: ((u0, t[0]), best_level(points, (u0, t[0]))))[1][0]
+            middle = best_level(points, (u0, log_rho))
+            best = np.exp(middle + log_rho)
+            edges.append(interval_ends(rise, best, 1e-3 * best, (1e-6 * best, 2 * np.exp(points.y.min()))))
+        if np.isfinite(extra):
+            lower, upper = np.array(edges, float).T
+            axes.fill_between(alphas, np.nan_to_num(lower), upper, color=colour, alpha=0.15, lw=0)
+            axes.plot(alphas, np.array([np.nan_to_num(lower), upper]).T, line, color=colour)
+    axes.plot(value, c, "+", color="black", ms=10, mew=1.5)
 
 
 def draw_combined(families, laws):
@@ -3465,10 +3477,14 @@ def draw_combined(families, laws):
         for family, runs in families.items():
             draw_law(axes[0, i], *main_table(runs, column), family, laws[family][key], 3)
         axes[0, i].legend(fontsize=8)
-    for i, family in enumerate(maps):
-        draw_map(axes[1, i], "cd"[i], family, families[family], laws[family]["parametric"])
-    for unused in axes[1:, len(maps):].flat:
-        unused.set_axis_off()
+    for lower, letter, family in zip(axes[1:].flat, "cd", families, strict=False):
+        if family in maps:
+            draw_map(lower, letter, family, families[family], laws[family]["parametric"])
+        else:
+            lower.set_axis_off()
+            lower.text(0, 0.9, textwrap.fill(f"{letter}  {STYLES[family][0]}: no map of L(N, D), which is "
+                                             f"{laws[family]['parametric']['status']}: {laws[family]['parametric']['reason']}", 70),
+                       va="top")
     return figure
 
 
@@ -3488,7 +3504,7 @@ def draw_map(axes, letter, family, runs, law):
     axes.plot(best, tokens, "-", color="black", lw=1.5, label="best N and D for their compute, 95 % band")
     axes.fill_betweenx(tokens, lo, hi, color="black", alpha=0.12, lw=0)
     axes.set(xlim=(n[0], n[-1]), ylim=(d[0], d[-1]))
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="lower right", framealpha=0.95)
 
 
 def draw_curves(families, curves):
@@ -3496,12 +3512,15 @@ def draw_curves(families, curves):
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, (family, runs) in zip(figure.subplots(1, len(families), sharey=True, squeeze=False)[0], families.items(), strict=True):
         name, _, marker, _ = STYLES[family]
-        panel(axes, f"{name}: training loss (thin), validation loss after decay (marked)", D_LABEL, "loss (nats per character)")
+        panel(axes, f"{name}: training loss (thin), validation loss after decay (marks)", D_LABEL,
+              "loss (nats per character)", "linear")
         shown = sorted((r for r in runs if r["main"] and r["run"] in curves), key=lambda r: r["n_fit"])
         for run, shade in zip(shown, colormaps["viridis"](np.linspace(0.85, 0, len(shown))), strict=True):
             curve = curves[run["run"]]
-            axes.plot(curve["tokens"], curve["train_loss"], color=shade, lw=0.6, alpha=0.6)
-            axes.plot(curve["val_tokens"], curve["val_loss"], marker, ls="-", color=shade, ms=4, label=f"N = {run['n_fit']:,}")
+            late = len(curve["tokens"]) // 20  # the fall at the very beginning would squeeze the rest
+            axes.plot(curve["tokens"][late:], curve["train_loss"][late:], color=shade, lw=0.5, alpha=0.4)
+            axes.plot(curve["val_tokens"], curve["val_loss"], marker, ls="-", color=shade, mec="white", ms=6, zorder=3,
+                      label=run["run"])
         axes.legend(fontsize=8)
     return figure
 
