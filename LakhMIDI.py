@@ -2761,12 +2761,11 @@ def device_name(cfg):
 # ============================================================================================================
 # 8 Fit: scaling_results.json -> fits.json, scaling_points.csv, *_scaling.png; --plan
 # ============================================================================================================
-# L(N) = a N^-alpha + c is searched for as log L = level + log(exp(-alpha x) + rho), x = log(N / smallest N). For each
-# shape u = (log alpha, log rho) the best level is a mean (variable projection): the search is in two dimensions.
 
 ROUNDING = 1e-8  # a relative difference of losses that means nothing
 MISSED = 0.03  # a held-out error beyond which an exponent is no finding
 ODDS = math.log(20)  # by so much a law without an exponent must be less likely than the power law
+BELIEVED = ("identified", "ridge")
 
 
 class Points(NamedTuple):
@@ -2781,7 +2780,7 @@ class Points(NamedTuple):
 def check_points(N, L, seed_sd=None, least=4):
     """The Points of losses L at sizes N; raises UserError where no falling law can be meant."""
     N, L = np.atleast_1d(np.asarray(N, float)), np.atleast_1d(np.asarray(L, float))
-    need(N.ndim == 1 and N.shape == L.shape, f"N and L must be lists of one length, not {N.shape} and {L.shape}")
+    need(N.ndim == 1 and N.shape == L.shape, f"N and L must be of one length, not {N.shape} and {L.shape}")
     need(np.isfinite([N, L]).all(), "a size or a loss is missing or not finite: leave it out")
     need((N > 0).all() and (L > 0).all(), "sizes and losses must be positive")
     sizes = len(np.unique(N))
@@ -2795,35 +2794,32 @@ def check_points(N, L, seed_sd=None, least=4):
     return Points(x[order], y[order], 1 / sd[order], np.log(N.min()), seed_sd is not None)
 
 
-def alpha_of(u):
-    return math.exp(min(u[0], 30))  # finite wherever a search may wander
+def alpha_of(q):
+    return math.exp(min(q[0], 30))  # finite wherever a search may wander
 
 
-def exp_or_none(v):
-    return float(np.exp(v)) if v < 700 else None
+def log_law(q, x):
+    """log L for q = (log alpha, log of a at the smallest N, log c)."""
+    return np.logaddexp(q[1] - alpha_of(q) * x, q[2])
 
 
-def shape(u, x):
-    return np.logaddexp(-alpha_of(u) * x, u[1])
-
-
-def best_level(points, u):
-    weight = points.w**2
-    return weight @ (points.y - shape(u, points.x)) / weight.sum()
+def projected(points, log_alpha, log_rho):
+    """The law of this alpha and this ratio c / a at the level that fits best, a mean: variable projection."""
+    shape, weight = np.logaddexp(-alpha_of([log_alpha]) * points.x, log_rho), points.w**2
+    level = weight @ (points.y - shape) / weight.sum()
+    return log_alpha, level, level + log_rho
 
 
 def descend(points, start, law):
-    """The least sum of squared residuals of log L over t, from `start` on: (S, t). law(t) gives the shape and the level."""
+    """The least sum of squared residuals of log L over the laws law(t), from t = start on: (S, q)."""
     def residuals(t):
-        u, level = law(t)
-        return points.w * (points.y - shape(u, points.x) - level)
-
+        return points.w * (points.y - log_law(law(t), points.x))
     t = optimize.leastsq(residuals, start, xtol=1e-11, ftol=1e-13, maxfev=500, full_output=True)[0]
-    return float(np.sum(residuals(t)**2)), t
+    return float(np.sum(residuals(t)**2)), law(t)
 
 
 def linear_start(points, alpha):
-    """(misfit, log rho) at a given alpha, where (a, c) >= 0 are linear in relative residuals."""
+    """(misfit, log rho) at a given alpha, where a, c >= 0 are linear in the relative residuals."""
     design = np.stack([np.exp(-alpha * points.x), np.ones_like(points.x)], 1) * np.exp(-points.y)[:, None]
     (a, c), misfit = optimize.nnls(design * points.w[:, None], points.w)
     least = np.exp(points.y.min())
@@ -2831,40 +2827,42 @@ def linear_start(points, alpha):
 
 
 def best_law(points):
-    """The optimum (S, u), from the better ones of a grid of exponents."""
+    """The optimum (S, q), from the better ones of a grid of exponents."""
     starts = []
     for alpha in np.geomspace(0.03, 60, 32) / points.x.max():
         misfit, log_rho = linear_start(points, alpha)
         starts.append((misfit, (np.log(alpha), log_rho)))
-    fits = [descend(points, u, lambda u: (u, best_level(points, u))) for _, u in sorted(starts)[:6:3]]
+    fits = [descend(points, u, lambda u: projected(points, *u)) for _, u in sorted(starts)[:6:3]]
     return min(fits, key=lambda fit: fit[0])
 
 
-def profile(points, u, name, at):
-    """v -> the least sum of squares of the laws whose log alpha, log a, log c or log loss (at x = `at`) is v."""
-    if name == "alpha":
-        return lambda v: descend(points, linear_start(points, alpha_of([v]))[1],
-                                 lambda t: ((v, t[0]), best_level(points, (v, t[0]))))[0]
-    level = best_level(points, u)
-    log_rho = max(u[1], points.y.min() - 7 - level)  # c = 0 is no place to start from
-    start = u[0], level if name == "c" else log_rho
-    laws = {"a": lambda v, t: (t, v - alpha_of(t) * points.origin),  # a is the reducible loss at N = 1
-            "c": lambda v, t: ((t[0], v - t[1]), t[1]),
-            "loss": lambda v, t: (t, v - shape(t, at))}
-    return lambda v: descend(points, start, lambda t: laws[name](v, t))[0]
+def profile(points, q, name, at=0.0):
+    """v -> (S, q) of the best law whose log alpha, log a, log c or log loss (at x = `at`) is v."""
+    q = np.maximum(q, [-np.inf, -np.inf, points.y.min() - 7])  # c = 0 is no place to start from
+
+    def through(v, log_alpha, log_rho):
+        level = v - np.logaddexp(-alpha_of([log_alpha]) * at, log_rho)
+        return log_alpha, level, level + log_rho
+    return {
+        "alpha": lambda v: descend(points, linear_start(points, alpha_of([v]))[1],
+                                   lambda t: projected(points, v, t[0])),
+        "a": lambda v: descend(points, q[::2], lambda t: (t[0], v - alpha_of(t) * points.origin, t[1])),
+        "c": lambda v: descend(points, q[:2], lambda t: (*t, v)),
+        "loss": lambda v: descend(points, (q[0], q[2] - q[1]), lambda t: through(v, *t))}[name]
 
 
 def noise(points, S):
-    """(variance of a weighted residual, its degrees of freedom, p-value of that noise alone explaining the misfit S)."""
+    """(variance of a weighted residual, its degrees of freedom, p-value of this noise explaining S)."""
     if points.known:
         return 1.0, np.inf, stats.chi2.sf(S, max(len(points.y) - 3, 1))
     groups = [points.y[points.x == x] for x in np.unique(points.x)]
     dof, spare = len(points.y) - len(groups), len(groups) - 3
-    if sum(len(group) > 1 for group in groups) >= 3 and spare > 0:  # seeds tell the noise without trusting the law
+    if spare > 0 and sum(len(group) > 1 for group in groups) >= 3:  # seeds tell it without trusting the law
         variance = sum(np.sum((group - group.mean())**2) for group in groups) / dof
-        return variance, dof, stats.f.sf((S - dof * variance) / spare / max(variance, ROUNDING**2), spare, dof)
+        lack_of_fit = (S - dof * variance) / spare / max(variance, ROUNDING**2)
+        return variance, dof, stats.f.sf(lack_of_fit, spare, dof)
     dof = len(points.y) - 3
-    return S / dof if dof > 0 else np.inf, dof, 1.0
+    return S / dof if dof > 0 else np.inf, max(dof, 1), 1.0
 
 
 def allowance(points, S, level):
@@ -2873,7 +2871,7 @@ def allowance(points, S, level):
     chi-square where the noise is known, F where it is estimated (Bates and Watts 1988, chapter 6).
     """
     variance, dof, _ = noise(points, S)
-    quantile = np.inf if dof <= 0 else stats.chi2.ppf(level, 1) if np.isinf(dof) else stats.f.ppf(level, 1, dof)
+    quantile = stats.chi2.ppf(level, 1) if np.isinf(dof) else stats.f.ppf(level, 1, dof)
     return max(variance, (ROUNDING * np.median(points.w))**2) * quantile
 
 
@@ -2891,38 +2889,39 @@ def interval_ends(rise, best, step, limits):
 
 
 def profile_interval(points, fit, name, level=0.95, at=0.0):
-    """[lo, hi] of alpha, a, c or the loss at x = `at`: what the points do not exclude at `level`; None for an open end."""
-    S, u = fit
-    extra, misfit, middle = allowance(points, S, level), profile(points, u, name, at), best_level(points, u)
-    least = np.exp(points.y.min())
-    if name == "c":  # the others are searched for on a log scale; 0 is a lower end left open
-        best, step, limits = np.exp(middle + u[1]) + 1e-11 * least, 1e-3 * least, (1e-11 * least, 2 * least)
-    else:
-        best = {"alpha": u[0], "a": middle + alpha_of(u) * points.origin, "loss": middle + shape(u, at)}[name]
-        step, limits = 0.05, (best - 100, best + 100)
-    if name == "alpha":  # beyond these no size, or none but the smallest, tells the law from a constant
-        limits = np.log([1e-3 / points.x.max(), 40 / np.diff(np.unique(points.x)).min()])
+    """[lo, hi] of alpha, a, c or the loss at x = `at` that the points do not exclude; None if open."""
+    (S, q), least = fit, np.exp(points.y.min())
+    extra, best_at = allowance(points, S, level), profile(points, q, name, at)
+    best = {"alpha": q[0], "a": q[1] + alpha_of(q) * points.origin, "c": q[2], "loss": log_law(q, at)}[name]
 
     def rise(v):  # nearly straight on either side of the optimum
-        return np.sqrt(max(misfit(np.log(v) if name == "c" else v) - S, 0)) - np.sqrt(extra)
+        return np.sqrt(max(best_at(v)[0] - S, 0)) - np.sqrt(extra)
+    if name == "c":  # on a linear scale; 0 is a lower end left open
+        return interval_ends(lambda c: rise(np.log(c)), np.exp(best) + 1e-11 * least, 1e-3 * least,
+                             (1e-11 * least, 2 * least))
+    limits = best - 100, best + 100
+    if name == "alpha":  # beyond these no size, or none but the smallest, tells the law from a constant
+        limits = np.log([1e-3 / points.x.max(), 40 / np.diff(np.unique(points.x)).min()])
+    return [end if end is None else exp_or_none(end) for end in interval_ends(rise, best, 0.05, limits)]
 
-    ends = interval_ends(rise, best, step, limits)
-    return [end if end is None or name == "c" else exp_or_none(end) for end in ends]
+
+def exp_or_none(v):
+    return float(np.exp(v)) if v < 700 else None
 
 
 def law_band(points, fit, sizes, level=0.95):
     """The law and its profile interval at `sizes`: arrays (loss, lo, hi), nan where an end is open."""
     at = np.log(np.atleast_1d(np.asarray(sizes, float))) - points.origin
     ends = np.array([profile_interval(points, fit, "loss", level, x) for x in at], float)
-    return np.exp(best_level(points, fit[1]) + shape(fit[1], at)), ends[:, 0], ends[:, 1]
+    return np.exp(log_law(fit[1], at)), ends[:, 0], ends[:, 1]
 
 
 def state_prediction(points, largest, *, level=0.95, runs=1):
     """The loss of a model of `largest` parameters from points = {"N", "L"[, "seed_sd"]} of smaller ones.
 
-    Returns {"n", "predicted", "lo", "hi", "level", "reason"}. The interval is for the mean of `runs` runs: the profile
-    interval of the law and the noise of the runs, in quadrature on the log scale. "predicted" is None, with the reason,
-    where the points allow no law; lo and hi are None where three sizes leave nothing to judge the noise by.
+    Returns {"n", "predicted", "lo", "hi", "level", "reason"}. The interval is for the mean of `runs` runs:
+    the profile interval of the law and the noise of the runs, in quadrature on the log scale. "predicted" is
+    None where the points allow no law; lo and hi where three sizes leave nothing to judge the noise by.
     """
     stated = {"n": float(largest), "predicted": None, "lo": None, "hi": None, "level": level, "reason": ""}
     try:
@@ -2948,83 +2947,86 @@ def with_outcome(stated, losses):
 
 
 def rival_laws(points, S):
-    """{name: {"objective", "log_odds"}} of laws without an exponent, fitted to log L too; odds against the power law by BIC."""
+    """{name: {"objective", "log_odds", "excluded"}} of laws without an exponent on the same points; BIC."""
     loss, n, floor = np.exp(points.y - points.y.mean()), len(points.y), ROUNDING**2 * np.sum(points.w**2)
 
     def residuals(line):
         return points.w * np.log(np.maximum(np.polyval(line, points.x), 1e-9) / loss)
-
     line = optimize.leastsq(residuals, np.polyfit(points.x, loss, 1, w=points.w / loss), full_output=True)[0]
     size = np.expm1(points.x)  # N - smallest N in place of log N makes the power law an exponential
-    misfits = {"log-linear": np.sum(residuals(line)**2),
-               "exponential": best_law(points._replace(x=size / np.median(size[size > 0])))[0]}
-    gains = {name: (S - s) / 2 if points.known else n / 2 * np.log((S + floor) / (s + floor)) for name, s in misfits.items()}
-    gains["log-linear"] += np.log(n) / 2  # one parameter less
-    return {name: {"objective": float(s), "log_odds": float(gains[name])} for name, s in misfits.items()}
+    laws = {"log-linear": (float(np.sum(residuals(line)**2)), 2),
+            "exponential": (best_law(points._replace(x=size / np.median(size[size > 0])))[0], 3)}
+    for name, (s, parameters) in laws.items():
+        odds = (S - s) / 2 if points.known else n / 2 * np.log((S + floor) / (s + floor))
+        odds = float(odds + (3 - parameters) / 2 * np.log(n))
+        laws[name] = {"objective": s, "log_odds": odds, "excluded": odds < -ODDS}
+    return laws
 
 
-def verdict(law, exponents, misfits):
-    """(status, reason): may the points be said to have these exponents? The thresholds were set by simulation."""
-    width = {name: None if None in law[name].values() else law[name]["hi"] - law[name]["lo"] for name in exponents}
+def verdict(law, exponents, faults=()):
+    """(status, reason): may these exponents be believed? Thresholds set by simulation, see bench_fit.py."""
+    width = {k: None if None in law[k].values() else law[k]["hi"] - law[k]["lo"] for k in exponents}
     missed = abs(law["holdout"]["error"] or 0)
-    faults = [*misfits, *(f"the data do not bound {name}" for name in exponents if width[name] is None),
-              *(f"the {name} law, which has no such exponent, is not excluded"
-                for name, rival in law["baselines"].items() if rival["log_odds"] > -ODDS),
+    faults = [*faults, *(f"the data do not bound {k}" for k in exponents if width[k] is None),
+              *(f"a {name} law, which has no such exponent, is not excluded"
+                for name, rival in law["baselines"].items() if not rival["excluded"]),
               *([f"the largest model is missed by {missed:.1%}"] if missed > MISSED else [])]
     if faults:
-        return "not_identified", "; ".join(faults)
-    wide = [f"the interval of {name} is wider than {name}" for name in exponents if width[name] > law[name]["value"]]
-    return ("ridge", "; ".join(wide)) if wide else ("identified", "bounded on both sides, and no rival law does as well")
+        return "not_identified", "; ".join(faults).replace("a exp", "an exp")
+    wide = [f"the interval of {k} is wider than {k}" for k in exponents if width[k] > law[k]["value"]]
+    return ("ridge", "; ".join(wide)) if wide else ("identified", "bounded, and rival laws are excluded")
 
 
 def fit_power_law(N, L, *, seed_sd=None, level=0.95):
-    """Fits L = a N^-alpha + c, all >= 0, to losses L (nats, one per trained model) at sizes N; seeds repeat N.
+    """Fits L = a N^-alpha + c, all >= 0, to losses L (nats, one per trained model) at sizes N.
 
-    Least squares on log L by variable projection; the intervals are profile-F ones (chi-square where seed_sd, the known
-    standard deviation of log L, is given; from the pooled seed variance where three or more sizes have several seeds).
-    Returns a dict: "alpha", "a", "c" = {"value", "lo", "hi"}, where an end that the data leave open is None (for c: 0 is
-    not excluded); "status" identified | ridge (only alpha and c together are known) | not_identified, and "reason";
-    "sigma_log", the residual standard deviation of log L; "holdout", the largest size predicted from the others;
-    "loo_alpha", alpha without each size in turn; "objective", the sum of squared log residuals (over seed_sd^2 if given);
-    "n_points", "level"; "baselines", laws that have no exponent. Raises UserError for fewer than four sizes, values that
-    are not finite and positive, and losses that do not fall.
+    Least squares on log L by variable projection; profile-F intervals: chi-square where seed_sd, the known
+    standard deviation of log L, is given; by the pooled seed variance where three or more sizes have several
+    seeds. Returns a dict: "alpha", "a", "c" = {"value", "lo", "hi"}, None for an end that the data leave open
+    (for c: 0 is not excluded); "status" identified | ridge (only alpha and c together are known) |
+    not_identified, and "reason"; "sigma_log", residual standard deviation of log L; "holdout", the largest
+    size predicted from the others; "loo_alpha", alpha without each size in turn; "objective", the sum of
+    squared log residuals (over seed_sd^2 if given); "n_points", "level"; "baselines", laws that have no
+    exponent. Raises UserError for fewer than four sizes, values not finite and positive, rising losses.
     """
     points = check_points(N, L, seed_sd)
-    S, u = fit = best_law(points)
-    middle, alpha = best_level(points, u), alpha_of(u)
-    values = {"alpha": alpha, "a": exp_or_none(middle + alpha * points.origin), "c": exp_or_none(middle + u[1])}
-    out = {}
-    for name, value in values.items():
+    S, q = fit = best_law(points)
+    log_a, out = q[1] + alpha_of(q) * points.origin, {}
+    for name, value in (("alpha", alpha_of(q)), ("a", exp_or_none(log_a)), ("c", float(np.exp(q[2])))):
         lo, hi = profile_interval(points, fit, name, level)
         out[name] = {"value": value, "lo": lo, "hi": hi}
-    residuals = points.y - middle - shape(u, points.x)
+    residuals = points.y - log_law(q, points.x)
     out["sigma_log"] = float(np.sqrt(np.sum(residuals**2) / max(len(residuals) - 3, 1)))
-    N, L = np.asarray(N, float), np.asarray(L, float)
-    rest, sd = N < N.max(), np.broadcast_to(1.0 if seed_sd is None else seed_sd, N.shape)
-    smaller = {"N": N[rest], "L": L[rest], "seed_sd": sd[rest] if points.known else None}
-    out["holdout"] = with_outcome(state_prediction(smaller, N.max(), level=level, runs=np.sum(~rest)), L[~rest])
+    last, sizes = points.x == points.x.max(), np.exp(points.x + points.origin)
+    smaller = {"N": sizes[~last], "L": np.exp(points.y[~last])}
+    if points.known:
+        smaller["seed_sd"] = 1 / points.w[~last]
+    stated = state_prediction(smaller, np.max(N), level=level, runs=np.sum(last))
+    out["holdout"] = with_outcome(stated, np.exp(points.y[last]))
     out["baselines"] = rival_laws(points, S)
-    doubt = ["the law misses the points by more than their noise explains"] if noise(points, S)[2] < 0.01 else []
-    out["status"], out["reason"] = verdict(out, ["alpha"], doubt)
+    rough = noise(points, S)[2] < 0.01
+    out["status"], out["reason"] = verdict(
+        out, ["alpha"], ["the law misses the points by more than their noise explains"] if rough else [])
     out["loo_alpha"] = []
     for x in np.unique(points.x):
-        others = points._replace(**{key: getattr(points, key)[points.x != x] for key in ("x", "y", "w")})
+        others = points._replace(**{key: getattr(points, key)[points.x != x] for key in "xyw"})
         out["loo_alpha"].append(alpha_of(best_law(others)[1]))
     return {**out, "objective": S, "n_points": len(points.y), "level": level}
 
 
 def check_parametric(N, D, L, run_id):
-    """Sorted arrays N, D, L, run_id; raises UserError where E + A / N^alpha + B / D^beta can't be told apart."""
+    """Sorted arrays N, D, L, run_id; raises UserError where the terms of L(N, D) can't be told apart."""
     N, D, L = (np.atleast_1d(np.asarray(values, float)) for values in (N, D, L))
     run_id = np.arange(len(L)) if run_id is None else np.asarray(run_id)
-    need(N.ndim == 1 and N.shape == D.shape == L.shape == run_id.shape, "N, D, L and run_id must be lists of one length")
-    need(all(np.isfinite(a).all() and (a > 0).all() for a in (N, D, L)), "N, D and L must be finite and positive")
-    need(len(np.unique(N)) >= 4, f"L(N, D) needs at least four sizes, this table has {len(np.unique(N))}")
-    need(len(np.unique(D)) >= 3, f"L(N, D) needs three token budgets, this table has {len(np.unique(D))}")
-    need(len(L) >= 6, f"L(N, D) has five parameters and needs at least six points, this table has {len(L)}")
-    need(abs(np.corrcoef(np.log(N), np.log(D))[0, 1]) < 0.999, "sizes and token budgets rise together: vary one alone")
+    need(N.ndim == 1 and N.shape == D.shape == L.shape == run_id.shape, "N, D, L must be of one length")
+    need(all(np.isfinite(a).all() and a.min(initial=1) > 0 for a in (N, D, L)), "N, D, L must be positive")
+    counts = len(np.unique(N)), len(np.unique(D)), len(L)
+    need(all(count >= least for count, least in zip(counts, (4, 3, 6), strict=True)),
+         "L(N, D) needs 4 sizes, 3 token budgets and 6 points; this table has {}, {}, {}".format(*counts))
+    together = np.corrcoef(np.log(N), np.log(D))[0, 1]
+    need(abs(together) < 0.999, "sizes and token budgets rise together: vary one alone")
     slopes = np.linalg.lstsq(np.stack([np.log(N), np.log(D), np.ones_like(N)], 1), np.log(L), rcond=None)[0]
-    need(max(slopes[:2]) < -1e-9, "the loss does not fall with size and with tokens, so there is no law to fit")
+    need(max(slopes[:2]) < -1e-9, "the loss does not fall with size and with tokens: there is no law to fit")
     order = np.lexsort((L, D, N))
     return N[order], D[order], L[order], run_id[order]
 
@@ -3032,7 +3034,7 @@ def check_parametric(N, D, L, run_id):
 def huber_sum(p, u, v, y, weight, delta):
     """(sum of weight * Huber(r / delta), its gradient) of r = y - log(A e^(-alpha u) + B e^(-beta v) + E).
 
-    p = (log A, log B, log E, alpha, beta); u, v, y are log N, log D, log L, centred so that nothing can overflow.
+    p = (log A, log B, log E, alpha, beta); u, v, y are log N, log D, log L, centred: nothing overflows.
     """
     terms = np.exp(np.array((p[0] - p[3] * u, p[1] - p[4] * v, np.full(len(u), p[2]))))
     total = terms.sum(0)
@@ -3045,9 +3047,9 @@ def huber_sum(p, u, v, y, weight, delta):
 def fit_and_draws(N, D, L, run_id, delta, n_boot=0, rng=0, starts=3):
     """(objective, optimum, (n_boot, 5) refits), each a row (log A, log B, log E, alpha, beta).
 
-    For each pair of exponents on a grid the rest is linear: the best pairs are the starts. The refits are of whole
-    training runs drawn with replacement, since the branches of one run share its noise; a draw of fewer than three
-    sizes can't hold the law and is drawn again.
+    For a pair of exponents the rest is linear: the best pairs of a grid are the starts. The refits are of
+    whole training runs drawn with replacement, since the branches of one run share its noise; a draw of fewer
+    than three sizes can't hold the law and is drawn again.
     """
     logs = np.log([N, D, L])
     means = logs.mean(1, keepdims=True)
@@ -3066,12 +3068,12 @@ def fit_and_draws(N, D, L, run_id, delta, n_boot=0, rng=0, starts=3):
     objective, p = min((polish(p, ones) for _, p in sorted(found)[:starts]), key=lambda fit: fit[0])
     rows, rng, runs = [p], np.random.default_rng(rng), np.unique(run_id, return_inverse=True)[1]
     while len(rows) <= n_boot:
-        weight = np.bincount(rng.integers(runs.max() + 1, size=runs.max() + 1), minlength=runs.max() + 1)[runs].astype(float)
+        drawn = rng.integers(runs.max() + 1, size=runs.max() + 1)
+        weight = np.bincount(drawn, minlength=len(drawn))[runs].astype(float)
         if len(np.unique(N[weight > 0])) >= 3:
             rows.append(polish(p, weight)[1])
     rows = np.array(rows)
-    rows[:, 0] += means[2] + rows[:, 3] * means[0]
-    rows[:, 1] += means[2] + rows[:, 4] * means[1]
+    rows[:, :2] += means[2] + rows[:, 3:] * means[:2, 0]
     rows[:, 2] += means[2]
     return float(objective), rows[0], rows[1:]
 
@@ -3083,128 +3085,142 @@ def parametric_loss(p, N, D):
 
 
 def parametric_holdout(N, D, L, run_id, delta, n_boot, rng, sigma):
-    """The largest size at its largest budget predicted from all smaller sizes, with the keys of fit_power_law's."""
+    """The largest size at its largest budget predicted from all smaller sizes, as in fit_power_law."""
     rest, last = N < N.max(), (N == N.max()) & (D == D[N == N.max()].max())
     _, p, draws = fit_and_draws(N[rest], D[rest], L[rest], run_id[rest], delta, n_boot, rng)
-    n, d = float(N.max()), float(D[last][0])
-    predicted, spread = float(parametric_loss(p, n, d)), 1.96 * sigma / np.sqrt(last.sum())
-    lo, hi = np.log(np.quantile(parametric_loss(draws, n, d), [0.025, 0.975]) / predicted)
-    lo, hi = (float(predicted * np.exp(end)) for end in (-np.hypot(min(lo, 0), spread), np.hypot(max(hi, 0), spread)))
-    return with_outcome({"n": n, "d": d, "predicted": predicted, "lo": lo, "hi": hi, "level": 0.95, "reason": ""}, L[last])
+    stated = {"n": float(N.max()), "d": float(D[last][0]), "level": 0.95, "reason": ""}
+    loss, spread = float(parametric_loss(p, stated["n"], stated["d"])), 1.96 * sigma / np.sqrt(last.sum())
+    lo, hi = np.log(np.quantile(parametric_loss(draws, stated["n"], stated["d"]), [0.025, 0.975]) / loss)
+    lo, hi = loss * np.exp([-np.hypot(min(lo, 0), spread), np.hypot(max(hi, 0), spread)])
+    return with_outcome({**stated, "predicted": loss, "lo": float(lo), "hi": float(hi)}, L[last])
+
+
+def parametric_rivals(N, D, L, run_id, delta, misfit):
+    """The same for L(N, D); objective: sum of |log residual|. Few budgets can't exclude an exponential."""
+    design, rivals = np.stack([np.log(N), np.log(D), np.ones_like(N)]), {}
+    product = np.log(L) - np.linalg.lstsq(design.T, np.log(L), rcond=None)[0] @ design
+    linear = 1 - np.linalg.lstsq((design / L).T, np.ones_like(L), rcond=None)[0] @ design / L
+    laws = {"product of powers": (product, 3), "log-linear": (linear, 3)}
+    for name, axis, values in (("exponential in N", 0, N), ("exponential in D", 1, D)):
+        table = [N, D]  # a power of e^N is an exponential of N
+        table[axis] = np.exp(20 * (values - values.min()) / np.ptp(values))
+        laws[name] = np.log(L / parametric_loss(fit_and_draws(*table, L, run_id, delta)[1], *table)), 5
+    runs, floor = len(np.unique(run_id)), ROUNDING * len(L)  # the residuals of one run count as one
+    for name, (residuals, parameters) in laws.items():
+        s = np.abs(residuals).sum()  # Laplace likelihood, which is what the Huber loss amounts to
+        odds = runs * np.log((misfit + floor) / (s + floor)) + (5 - parameters) / 2 * np.log(runs)
+        excluded = bool(odds < (ODDS if parameters == 5 else -ODDS))
+        rivals[name] = {"objective": float(s), "log_odds": float(odds), "excluded": excluded}
+    return rivals
 
 
 def fit_parametric_loss(N, D, L, *, run_id=None, delta=1e-3, n_boot=1000, rng=0):
-    """Fits L = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556) to losses L of
-    N-parameter models after D tokens: Huber loss on log residuals r, as a sum over r / delta (the mean over r is so
-    small that default tolerances stop the search early).
+    """Fits L = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556) to
+    losses L of N-parameter models after D tokens: Huber loss on log residuals r, as a sum over r / delta (the
+    mean over r is so small that default tolerances stop the search early).
 
-    run_id names the training run of a point; branches of one trunk share it. The 95 % intervals are percentiles of a
-    bootstrap over runs; an end that the data leave open is None (for E: 0 is not excluded). Returns the keys of
-    fit_power_law for "alpha", "beta", "A", "B", "E", and "draws", the n_boot rows (log A, log B, log E, alpha, beta) for
-    what follows from them. Raises UserError where the terms can't be told apart.
+    run_id names the training run of a point; branches of one trunk share it. The 95 % intervals are
+    percentiles of a bootstrap over runs; None for an end that the data leave open (for E: 0 is not excluded).
+    Returns the keys of fit_power_law for "alpha", "beta", "A", "B", "E", and "draws", the n_boot rows
+    (log A, log B, log E, alpha, beta). Raises UserError where the terms can't be told apart.
     """
     N, D, L, run_id = check_parametric(N, D, L, run_id)
     need(n_boot >= 2, "n_boot, the number of bootstrap draws, must be at least 2")
     objective, p, draws = fit_and_draws(N, D, L, run_id, delta, n_boot, rng)
     ends, out = np.quantile(draws, [0.025, 0.975], axis=0), {}
-    open_at = {"A": (-50, 500), "B": (-50, 500), "E": (np.log(1e-3 * L.min()), 500), "alpha": (0.01, 5), "beta": (0.01, 5)}
+    open_at = {"A": (-50, 500), "B": (-50, 500), "E": (np.log(1e-3 * L.min()), 500),
+               "alpha": (0.01, 5), "beta": (0.01, 5)}
     for i, (name, (least, most)) in enumerate(open_at.items()):
-        lo, hi, scale = ends[0, i], ends[1, i], np.exp if i < 3 else float
+        (lo, hi), scale = ends[:, i], np.exp if i < 3 else float
         out[name] = {"value": float(scale(p[i])), "lo": float(scale(lo)) if lo > least else None,
                      "hi": float(scale(hi)) if hi < most else None}
-    residuals, runs, design = np.log(L / parametric_loss(p, N, D)), len(np.unique(run_id)), np.log([N, D, np.full_like(N, np.e)])
+    residuals = np.log(L / parametric_loss(p, N, D))
     out["sigma_log"] = float(np.sqrt(np.sum(residuals**2) / (len(L) - 5)))
     out["holdout"] = parametric_holdout(N, D, L, run_id, delta, min(n_boot, 200), rng, out["sigma_log"])
-    product = np.log(L) - np.linalg.lstsq(design.T, np.log(L), rcond=None)[0] @ design
-    linear = 1 - np.linalg.lstsq((design / L).T, np.ones_like(L), rcond=None)[0] @ design / L
-    misfits = {name: np.abs(r).sum() for name, r in (("product of powers", product), ("log-linear", linear))}
-    floor, out["baselines"] = ROUNDING * len(L), {}
-    for name, misfit in misfits.items():  # Laplace likelihood, one independent residual a run, two parameters less
-        odds = runs * np.log((np.abs(residuals).sum() + floor) / (misfit + floor)) + np.log(runs)
-        out["baselines"][name] = {"objective": float(misfit), "log_odds": float(odds)}
-    out["status"], out["reason"] = verdict(out, ("alpha", "beta"), [])
-    out["loo_alpha"] = [float(fit_and_draws(*(a[N != n] for a in (N, D, L, run_id)), delta, starts=1)[1][3])
-                        for n in np.unique(N)]
-    return {**out, "objective": objective, "n_points": len(L), "n_runs": runs, "level": 0.95, "delta": delta, "draws": draws}
+    out["baselines"] = parametric_rivals(N, D, L, run_id, delta, np.abs(residuals).sum())
+    out["status"], out["reason"] = verdict(out, ("alpha", "beta"))
+    rest = [[a[N != n] for a in (N, D, L, run_id)] for n in np.unique(N)]
+    out["loo_alpha"] = [float(fit_and_draws(*table, delta, starts=1)[1][3]) for table in rest]
+    return {**out, "objective": objective, "n_points": len(L), "n_runs": len(np.unique(run_id)),
+            "level": 0.95, "delta": delta, "draws": draws}
 
 
 def effective_tokens(D, unique, r_star=15.39):
     """What D tokens, `unique` of them distinct, are worth in fresh ones: D' = U + U R* (1 - exp(-R / R*)).
 
-    R counts the repetitions after the first pass (Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264, equation 5).
+    R: repetitions after the first pass (Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264, eq. 5).
     """
     D, unique = np.asarray(D, float), np.minimum(unique, D)
     return unique - unique * r_star * np.expm1(-(D / unique - 1) / r_star)
 
 
 def compute_frontier(law, flops_budgets, flops_per_parameter_token=6.0):
-    """The best split of each budget C (FLOPs) into N parameters and D tokens, where C = flops_per_parameter_token N D.
+    """The best split of budgets C (FLOPs) into N parameters and D tokens, C = flops_per_parameter_token N D.
 
-    N* = G (C/6)^(beta/(alpha+beta)), G = (alpha A / (beta B))^(1/(alpha+beta)) (Hoffmann et al. 2022, equation 4) for
-    what fit_parametric_loss returned and for each of its draws. Rows {"flops", "n", "d", "loss", each with _lo and _hi}.
+    N* = G (C/6)^(beta/(alpha+beta)), G = (alpha A / (beta B))^(1/(alpha+beta)) (Hoffmann et al. 2022, eq. 4),
+    for the result of fit_parametric_loss and its draws: rows {"flops", "n", "d", "loss", each _lo and _hi}.
     """
     best = [*(np.log(law[name]["value"]) for name in "ABE"), law["alpha"]["value"], law["beta"]["value"]]
-    draws = law["draws"][(law["draws"][:, 3:] > 1e-3).all(1)]
+    draws, rows = law["draws"][(law["draws"][:, 3:] > 1e-3).all(1)], []
 
     def optimum(p, pairs):
         log_A, log_B, _, alpha, beta = np.moveaxis(np.asarray(p), -1, 0)
         n = np.exp((np.log(alpha / beta) + log_A - log_B + beta * np.log(pairs)) / (alpha + beta))
         return {"n": n, "d": pairs / n, "loss": parametric_loss(p, n, pairs / n)}
-
-    rows = []
     for flops in np.atleast_1d(flops_budgets):
-        row = {"flops": float(flops)}
-        spread = optimum(draws, flops / flops_per_parameter_token)
+        row, spread = {"flops": float(flops)}, optimum(draws, flops / flops_per_parameter_token)
         for key, value in optimum(best, flops / flops_per_parameter_token).items():
-            row[key] = float(value)
-            row[f"{key}_lo"], row[f"{key}_hi"] = (float(end) for end in np.quantile(spread[key], [0.025, 0.975]))
+            lo, hi = np.quantile(spread[key], [0.025, 0.975])
+            row |= {key: float(value), f"{key}_lo": float(lo), f"{key}_hi": float(hi)}
         rows.append(row)
     return rows
 
 
 def main_table(runs, column="n_fit"):
-    """(N, L) of the runs at the full budget of one family; another column may stand in for N."""
-    return np.array([r[column] for r in runs if r["main"]], float), np.array([r["val_loss"] for r in runs if r["main"]])
+    """(N, L) of the full-budget runs of one family; another column may stand in for N."""
+    rows = [(r[column], r["val_loss"]) for r in runs if r["main"]]
+    return np.array(rows, float).reshape(-1, 2).T
 
 
 def loss_ratio(first, second, sizes, level=0.95):
-    """The fitted loss of one table (N, L) over that of another at `sizes`: arrays (ratio, lo, hi), nan where open.
+    """The fitted loss of one table (N, L) over another's at `sizes`: arrays (ratio, lo, hi), nan where open.
 
-    The two profile intervals are added in quadrature on the log scale (Zou and Donner 2008, doi 10.1002/sim.3095).
+    The two profile intervals are added in quadrature on the log scale (Zou and Donner 2008,
+    https://doi.org/10.1002/sim.3095).
     """
     points = [check_points(*table) for table in (first, second)]
     (a, a_lo, a_hi), (b, b_lo, b_hi) = (np.log(law_band(p, best_law(p), sizes, level)) for p in points)
-    return np.exp(a - b), np.exp(a - b - np.hypot(a - a_lo, b_hi - b)), np.exp(a - b + np.hypot(a_hi - a, b - b_lo))
+    return np.exp([a - b, a - b - np.hypot(a - a_lo, b_hi - b), a - b + np.hypot(a_hi - a, b - b_lo)])
 
 
-def shared_alpha(*tables):
+def shared_alpha(first, second, drop_smallest=False):
     """F test of one alpha for two tables (N, L) against one for each: {"alpha", "each", "f", "p"}."""
-    tables = [check_points(*table, least=3) for table in tables]
+    keep = [N > N.min() * drop_smallest for N, _ in (first, second)]
+    tables = [check_points(N[k], L[k], least=3) for (N, L), k in zip((first, second), keep, strict=True)]
     fits = [best_law(points) for points in tables]
-    profiles = [profile(points, u, "alpha", 0) for points, (_, u) in zip(tables, fits, strict=True)]
-    logs = sorted(u[0] for _, u in fits)
-    joint = optimize.minimize_scalar(lambda v: sum(misfit(v) for misfit in profiles), (logs[0] - 0.1, logs[1] + 0.1),
-                                     (logs[0] - 0.1, logs[1] + 0.1), method="bounded", options={"xatol": 1e-8})
-    out = {"alpha": float(np.exp(joint.x)), "each": [alpha_of(u) for _, u in fits], "f": None, "p": None}
+    profiles = [profile(points, q, "alpha") for points, (_, q) in zip(tables, fits, strict=True)]
+    lo, hi = sorted(q[0] for _, q in fits)
+    joint = optimize.minimize_scalar(lambda v: sum(best_at(v)[0] for best_at in profiles), method="bounded",
+                                     bounds=(lo - 0.1, hi + 0.1), options={"xatol": 1e-8})
+    out = {"alpha": float(np.exp(joint.x)), "each": [alpha_of(q) for _, q in fits], "f": None, "p": None}
     apart, spare = sum(S for S, _ in fits), sum(len(points.y) for points in tables) - 6
     if spare > 0:
-        f = max(joint.fun - apart, 0) / max(apart / spare, ROUNDING**2)
-        out |= {"f": float(f), "p": float(stats.f.sf(f, 1, spare))}
+        out["f"] = float(max(joint.fun - apart, 0) / max(apart / spare, ROUNDING**2))
+        out["p"] = float(stats.f.sf(out["f"], 1, spare))
     return out
 
 
 def crossover(first, second, level=0.95):
-    """Where the laws of two tables meet, within ten times the range of their sizes: {"value", "lo", "hi", "reason"}.
+    """Where the laws of two tables meet, within ten times their range: {"value", "lo", "hi", "reason"}.
 
     The interval holds the sizes around the crossing at which the ratio of the losses is not told from 1.
     """
     sizes = np.concatenate([first[0], second[0]])
     x = np.linspace(np.log(sizes.min() / 10), np.log(sizes.max() * 10), 41)
     ratio, lo, hi = np.log(loss_ratio(first, second, np.exp(x), level))
-    out = {"value": None, "lo": None, "hi": None, "reason": ""}
-    crossings = np.flatnonzero(ratio[:-1] * ratio[1:] < 0)
+    crossings, out = np.flatnonzero(ratio[:-1] * ratio[1:] < 0), {"value": None, "lo": None, "hi": None}
     if not len(crossings):
-        return {**out, "reason": f"none in range: the {'first' if ratio[-1] < 0 else 'second'} family stays ahead"}
+        return {**out, "reason": f"none: the {'first' if ratio[-1] < 0 else 'second'} family stays ahead"}
     i = min(crossings, key=lambda k: abs(x[k] - np.log(sizes).mean()))  # two laws may meet twice
     side = np.sign(ratio[i])  # the band of side * ratio falls through 0 at the crossing
     lower = np.nan_to_num(np.minimum(side * lo, side * hi), nan=-1)
@@ -3213,27 +3229,24 @@ def crossover(first, second, level=0.95):
     for key, y, where in (("value", ratio, [i]), ("lo", lower, below[-1:]), ("hi", upper, above[:1])):
         for k in where:  # the zero of the line through the points k and k + 1
             out[key] = float(np.exp(x[k] - y[k] * (x[k + 1] - x[k]) / (y[k + 1] - y[k])))
-    out["reason"] = "" if sizes.min() <= out["value"] <= sizes.max() else "extrapolated: outside the sizes trained"
-    return out
+    trained = sizes.min() <= out["value"] <= sizes.max()
+    return {**out, "reason": "" if trained else "extrapolated: outside the sizes trained"}
 
 
 def compare_families(first, second):
-    """How two families of runs (rows of scaling_results.json) differ in exponent, in loss at equal cost, and where they meet.
+    """How two families of runs (rows of scaling_results.json) differ; a part may be {"status": "refused"}.
 
-    Ratios are the first family's loss over the second's at the largest size (cost) that both have reached. A part that
-    the runs do not allow is {"status": "refused", "reason"}.
+    Ratios are the first family's loss over the second's at the largest size (cost) that both have reached.
     """
-    by_size, by_cost = ([main_table(runs, column) for runs in (first, second)] for column in ("n_fit", "flops"))
+    by_size, by_cost = ([main_table(runs, key) for runs in (first, second)] for key in ("n_fit", "flops"))
 
-    def ratio(tables):
-        at = min(N.max() for N, _ in tables)
-        values = (None if np.isnan(v[0]) else float(v[0]) for v in loss_ratio(*tables, at))
-        return dict(zip(("at", "value", "lo", "hi"), (float(at), *values), strict=True))
-
-    return {"shared_alpha": attempt(shared_alpha, *by_size),
-            "shared_alpha_without_smallest": attempt(shared_alpha, *((N[N > N.min()], L[N > N.min()]) for N, L in by_size)),
-            "equal_parameters": attempt(ratio, by_size), "equal_flops": attempt(ratio, by_cost),
-            "crossover": attempt(crossover, *by_size)}
+    def ratio(first, second):
+        at = float(min(first[0].max(), second[0].max()))
+        ends = [None if np.isnan(v[0]) else float(v[0]) for v in loss_ratio(first, second, at)]
+        return {"at": at, "value": ends[0], "lo": ends[1], "hi": ends[2]}
+    return {"shared_alpha": attempt(shared_alpha, *by_size), "crossover": attempt(crossover, *by_size),
+            "shared_alpha_without_smallest": attempt(shared_alpha, *by_size, drop_smallest=True),
+            "equal_parameters": attempt(ratio, *by_size), "equal_flops": attempt(ratio, *by_cost)}
 
 
 def attempt(law, *args, **kwargs):
@@ -3248,31 +3261,34 @@ def describe(law, runs):
     """What a law and the range of the runs behind it support, in sentences for people."""
     if law["status"] == "refused":
         return f"No law: {law['reason']}."
-    N, holdout = main_table(runs)[0], law["holdout"]
-    span = (f"{len(np.unique(N))} sizes within a factor of {N.max() / N.min():.0f}, {len({r['seed'] for r in runs})} seed(s)"
-            + (": too narrow a range to carry an exponent over to larger models." if N.max() < 100 * N.min() else "."))
+    N, missed = main_table(runs)[0], law["holdout"]["error"]
+    span = (f"{len(np.unique(N))} sizes within a factor of {N.max() / N.min():.0f}, "
+            f"{len({r['seed'] for r in runs})} seed(s)")
+    if N.max() < 100 * N.min():
+        span += ": too narrow a range to carry an exponent over to larger models"
     if law["status"] == "not_identified":
-        return f"These runs support no exponent: {law['reason']}. {span}"
-    missed = "" if holdout["error"] is None else f"; the largest model is predicted from the others to {holdout['error']:+.1%}"
+        return f"These runs support no exponent: {law['reason']}. {span}."
     ridge = f" ({law['reason']}: only alpha and c together are known)" if law["status"] == "ridge" else ""
-    return f"alpha = {interval(law['alpha'])}, {law['status']}{ridge}{missed}. {span}"
+    held_out = "" if missed is None else f"; the largest model is predicted from the others to {missed:+.1%}"
+    return f"alpha = {interval(law['alpha'])}, {law['status']}{ridge}{held_out}. {span}."
 
 
 def fit_surface(runs, n_boot, worth=lambda D, unique: D):
     """L(N, D) of the rows of one family; worth(D, unique) may count repeated tokens at less."""
-    N, D, L, unique = (np.array([r[k] for r in runs], float) for k in ("n_fit", "tokens", "val_loss", "unique_tokens"))
-    return attempt(fit_parametric_loss, N, worth(D, unique), L, run_id=[r["run"] for r in runs], n_boot=n_boot)
+    columns, names = ("n_fit", "tokens", "val_loss", "unique_tokens"), [r["run"] for r in runs]
+    N, D, L, unique = np.array([[r[column] for column in columns] for r in runs], float).T
+    return attempt(fit_parametric_loss, N, worth(D, unique), L, run_id=names, n_boot=n_boot)
 
 
 def frontier_of(runs, surface, budgets):
-    """compute_frontier, FLOPs counted as the largest model of the family spends them, with the epochs that D means."""
+    """compute_frontier at the FLOPs per parameter of the largest model, with the epochs that D means."""
     largest = max(runs, key=lambda r: (r["n_fit"], r["tokens"]))
     rows = compute_frontier(surface, budgets, largest["flops_per_token"] / largest["n_fit"])
     return [{**row, "epochs": row["d"] * largest["epochs"] / largest["tokens"]} for row in rows]
 
 
 def fit_family(runs, stated, n_boot):
-    """All that fits.json says about one family; `stated` is the prediction made before its largest model was trained."""
+    """All that fits.json says about one family; `stated`: the prediction made before its largest model."""
     (N, L), largest = main_table(runs), max(runs, key=lambda r: (r["n_fit"], r["tokens"]))
     law, surface = attempt(fit_power_law, N, L), fit_surface(runs, n_boot)
     rate = largest["flops_per_token"] * (largest["tokens_per_s"] or 0)
@@ -3290,40 +3306,39 @@ def fit_family(runs, stated, n_boot):
     return out
 
 
-BELIEVED = ("identified", "ridge")
 METHOD = {
-    "power_law": "L = a N^-alpha + c, a, c >= 0, nothing fixed; least squares on log L by variable projection from the better "
-                 "of 32 exponents, tolerance 1e-11; 95 % profile-F intervals",
-    "parametric": "L = E + A / N^alpha + B / D^beta, nothing fixed; sum of Huber(r / 1e-3) over log residuals r; L-BFGS-B from "
-                  "the best 3 of 64 starts, ftol 1e-12; 95 % percentile intervals of a bootstrap over training runs",
-    "parametric_effective": "the same for effective tokens, R* = 15.39 fixed (Muennighoff et al. 2023), where data are repeated",
-    "N": "n_fit: all but the input embedding, head included; n_params: all; n_non_embedding: without embedding and head",
-    "D": "tokens: training characters seen; unique_tokens: distinct ones; epochs: passes over the training split",
-    "C": "flops: forward and backward, attention included", "lr": "peak learning rate of the weight matrices",
-    "L": "validation loss at the decayed end of a run, nats per character; val_loss_se: standard error over tunes",
-    "left_out": "no run; L(N) takes the runs with main = true (the full budget), L(N, D) all"}
+    "power_law": "L = a N^-alpha + c, a, c >= 0, nothing fixed; least squares on log L by variable "
+                 "projection, 32 starts, tolerance 1e-11; 95 % profile-F intervals",
+    "parametric": "L = E + A / N^alpha + B / D^beta, nothing fixed; sum of Huber(r / 1e-3), r log residuals; "
+                  "L-BFGS-B from the best 3 of 64 starts, ftol 1e-12; 95 % intervals: bootstrap over runs",
+    "parametric_effective": "D counted as effective tokens, R* = 15.39 fixed; only where data are repeated",
+    "N": "n_fit: all but the embedding; n_params: all; n_non_embedding: without embedding and output layer",
+    "D": "tokens: characters trained on; unique_tokens: distinct; epochs: passes over the training split",
+    "C": "flops: forward and backward, attention included", "lr": "peak rate of the weight matrices",
+    "L": "val_loss: at the decayed end of a run, nats per character; val_loss_se: standard error over tunes",
+    "left_out": "no run; L(N) takes the full-budget runs (main = true), L(N, D) all"}
 
 
 @stage(version=2, knobs="BOOTSTRAP", after=train, root="SAVE_DIR")
 def fit(cfg):
-    """Laws, comparison and figures: scaling_results.json -> fits.json, scaling_points.csv, *.png, all in SAVE_DIR."""
-    folder = Path(cfg.SAVE_DIR)
+    """Laws, comparison, figures: scaling_results.json -> fits.json, scaling_points.csv, *.png in SAVE_DIR."""
+    folder, families = Path(cfg.SAVE_DIR), {}
     study, stated = read_json(folder / "scaling_results.json"), read_json(folder / "prediction.json", {})
-    families = {}
     for run in study["runs"]:
         families.setdefault(run["family"], []).append(run)
     laws = {name: fit_family(runs, stated.get(name), cfg.BOOTSTRAP) for name, runs in families.items()}
-    fits = {**{key: study[key] for key in ("study", "corpus", "device")}, "method": METHOD, "families": laws}
+    fits = {"study": study["study"], "corpus": study["corpus"], "method": METHOD, "families": laws}
     if len(families) == 2:
         fits["comparison"] = {"families": list(families), **compare_families(*families.values())}
     figures = {f"{name}_scaling": draw_family(name, runs, laws[name]) for name, runs in families.items()}
-    figures |= {"combined_scaling": draw_combined(families, laws),
-                "training_curves": draw_curves(families, read_json(folder / "training_curves.json", {}))}
+    curves = read_json(folder / "training_curves.json", {})
+    figures["combined_scaling"] = draw_combined(families, laws)
+    figures["training_curves"] = draw_curves(families, curves)
     for law in laws.values():  # --plan makes the draws again from the points
-        for surface in (law["parametric"], law.get("parametric_effective", {})):
-            surface.pop("draws", None)
+        for key in ("parametric", "parametric_effective"):
+            law.get(key, {}).pop("draws", None)
     write_json(folder / "fits.json", {**fits, "points": study["runs"]})
-    with (atomic_path(folder / "scaling_points.csv") as path, open(path, "w", newline="", encoding="utf-8") as file):
+    with atomic_path(folder / "scaling_points.csv") as path, open(path, "w", newline="") as file:
         table = csv.DictWriter(file, list(study["runs"][0]))
         table.writeheader()
         table.writerows(study["runs"])
@@ -3332,33 +3347,36 @@ def fit(cfg):
             figure.savefig(path, format="png", dpi=150)
     for name, law in laws.items():
         say(f"  {name:12s} {law['verdict']}")
-    return [folder / name for name in ("fits.json", "scaling_points.csv", *(f"{name}.png" for name in figures))]
+    names = ("fits.json", "scaling_points.csv", *(f"{name}.png" for name in figures))
+    return [folder / name for name in names]
 
 
 def plan(cfg, budget):
-    """Prints the best N and D of each family for a `budget` of time ("2h", "90m") or of training FLOPs ("1e18")."""
-    fits = read_json(Path(cfg.SAVE_DIR, "fits.json"))
-    need(fits, f"--plan needs {Path(cfg.SAVE_DIR, 'fits.json')}, which the stage fit writes: run the study first")
+    """Prints the best N and D of each family for a time ("2h", "90m") or for training FLOPs ("1e18")."""
+    path = Path(cfg.SAVE_DIR, "fits.json")
+    fits = read_json(path)
+    need(fits, f"--plan needs {path}, which the stage fit writes: run the study first")
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)([smhd]?)", budget.strip().lower())
-    need(match and float(match[1]) > 0, f"--plan takes a time such as 2h or 90m, or FLOPs such as 1e18, not {budget!r}")
+    need(match and float(match[1]) > 0, f"--plan takes 2h, 90m or FLOPs such as 1e18, not {budget!r}")
     seconds = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(match[2])
-    print(f"{'':5s}{'N, parameters':>32s}{'D, characters':>32s}{'epochs':>8s}{'loss, nats per character':>26s}   95 % intervals")
-    notes = []
+    head = "N, parameters", "D, characters", "epochs", "nats per character"
+    print("     {:>32s}{:>32s}{:>8s}{:>26s}".format(*head))
+    notes = ["In brackets: 95 % intervals."]
     for family, law in fits["families"].items():
         runs = [r for r in fits["points"] if r["family"] == family]
         flops = float(match[1]) * (seconds * law["flops_per_s"] if seconds else 1)
-        verdict = f"{family}: L(N, D) is {law['parametric']['status']}: {law['parametric']['reason']}"
+        status = f"{family}: L(N, D) is {law['parametric']['status']}: {law['parametric']['reason']}."
         if law["parametric"]["status"] not in BELIEVED or not flops:
-            notes.append(f"{verdict}. No plan can be made from these runs.")
+            notes.append(f"{status} No plan can be made from these runs.")
             continue
         row = frontier_of(runs, fit_surface(runs, cfg.BOOTSTRAP), [flops])[0]
-        n, d, loss = (f"{row[k]:.3g} [{row[k + '_lo']:.3g}, {row[k + '_hi']:.3g}]" for k in ("n", "d", "loss"))
-        print(f"{family:5s}{n:>32s}{d:>32s}{row['epochs']:8.2g}{loss:>26s}")
-        notes.append(f"{verdict}. {flops:.3g} FLOPs" + (f", at the {law['flops_per_s']:.3g}/s measured." if seconds else "."))
-        beyond = [f"{row[key] / top:.1f} times the largest {key.upper()}" for key, top in
-                  (("n", max(r["n_fit"] for r in runs)), ("d", max(r["tokens"] for r in runs))) if row[key] > 1.05 * top]
-        if beyond:
-            notes.append(f"{family}: extrapolated to {' and '.join(beyond)} trained.")
+        n, d, loss = (interval({"value": row[k], "lo": row[f"{k}_lo"], "hi": row[f"{k}_hi"]})
+                      for k in ("n", "d", "loss"))
+        print(f"{family:5s}{n:>32s}{d:>32s}{row['epochs']:8.3g}{loss:>26s}")
+        rate = f" at {law['flops_per_s']:.3g} FLOP/s, as measured" if seconds else ""
+        beyond = [row["n"] / max(r["n_fit"] for r in runs), row["d"] / max(r["tokens"] for r in runs)]
+        far = " Extrapolated: {:.3g} times the largest N, {:.3g} times the largest D trained.".format(*beyond)
+        notes.append(f"{status} {flops:.3g} FLOPs{rate}." + far * (max(beyond) > 1.05))
     print("\n".join(notes))
 
 
@@ -3375,116 +3393,100 @@ def panel(axes, title, x, y, xscale="log", yscale="linear"):
 
 
 def draw_law(axes, N, L, family, law, reach):
-    """The runs, and the law within its 95 % band, dotted beyond the largest size; no curve where there is no finding."""
+    """All runs, and the law within its 95 % band, dotted beyond the largest size; no curve for no finding."""
     name, colour, marker, line = STYLES[family]
+    bottom, top = axes.get_ylim() if axes.lines else (np.inf, 0)
     axes.plot(N, L, marker, color=colour, label=f"{name}, {len(N)} runs", zorder=3)
-    bottom, top = axes.get_ylim() if axes.get_legend_handles_labels()[1][1:] else (np.inf, 0)
     axes.set_ylim(max(min(L.min() - 0.4 * np.ptp(L), bottom), 0), max(L.max() + 0.2 * np.ptp(L), top))
-    if law["status"] not in BELIEVED:
-        return
-    at, points = np.geomspace(N.min() / 1.3, N.max() * reach, 41), check_points(N, L)
-    loss, lo, hi = law_band(points, best_law(points), at)
-    axes.fill_between(at, np.nan_to_num(lo, nan=0), np.nan_to_num(hi, nan=99 * L.max()), color=colour, alpha=0.15, lw=0)
-    axes.plot(at[at <= N.max()], loss[at <= N.max()], line, color=colour, label=f"{name}, law with 95 % band")
-    axes.plot(at[at >= N.max()], loss[at >= N.max()], ":", color=colour)
+    if law["status"] in BELIEVED:
+        at, points = np.geomspace(N.min() / 1.3, N.max() * reach, 41), check_points(N, L)
+        loss, lo, hi = law_band(points, best_law(points), at)
+        lo, hi = np.nan_to_num(lo, nan=0), np.nan_to_num(hi, nan=99 * L.max())
+        axes.fill_between(at, lo, hi, color=colour, alpha=0.15, lw=0)
+        axes.plot(at[at <= N.max()], loss[at <= N.max()], line, color=colour, label=f"{name}, law, 95 % band")
+        axes.plot(at[at >= N.max()], loss[at >= N.max()], ":", color=colour)
 
 
 def draw_family(family, runs, fits):
     """The law with its held-out test, the reducible loss, the pair (alpha, c), the residuals."""
-    (N, L), law = main_table(runs), fits["power_law"]
-    name, colour, marker, _ = STYLES[family]
+    (N, L), law, (name, colour, marker, _) = main_table(runs), fits["power_law"], STYLES[family]
     refused = law["status"] == "refused"
     figure = Figure(figsize=(6.5, 5) if refused else (11, 8.6), layout="constrained")
     first, *others = [figure.subplots()] if refused else figure.subplots(2, 2).flat
-    figure.suptitle(textwrap.fill(f"{name}: {fits['verdict']}", 70 if refused else 120), fontsize=10, x=0.02, ha="left")
+    title = textwrap.fill(f"{name}: {fits['verdict']}", 70 if refused else 120)
+    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
     panel(first, "a  Loss against size, extrapolated tenfold", N_LABEL, L_LABEL)
     draw_law(first, N, L, family, law, 10)
     if not refused:
-        draw_holdout(first, N, L, colour, marker, law["holdout"])
-        points = check_points(N, L)
+        points, held, last = check_points(N, L), law["holdout"], N == N.max()
+        first.plot(N[last], L[last], marker, mfc="white", mec=colour, mew=1.5, zorder=4, label="held out")
+        if held["predicted"]:
+            middle, lo, hi = held["predicted"], held["lo"] or 0, held["hi"] or 99 * L.max()
+            first.errorbar(1.25 * held["n"], middle, [[middle - lo], [hi - middle]], fmt="D", ms=5, capsize=3,
+                           color="black", label=f"predicted from the others, 95 % ({held['error']:+.1%})")
         draw_excess(others[0], points, family, law["c"])
         draw_ridge(others[1], points, colour, law)
-        panel(others[2], "d  Residuals of the law; grey: one standard deviation", N_LABEL, "loss / law - 1 (%)")
+        panel(others[2], "d  Residuals; grey: one standard deviation", N_LABEL, "loss / law - 1 (%)")
+        residuals = points.y - log_law(best_law(points)[1], points.x)
         others[2].axhspan(-100 * law["sigma_log"], 100 * law["sigma_log"], color="0.9")
-        others[2].axhline(0, color="0.4", lw=1)
-        u = best_law(points)[1]
-        residuals = points.y - best_level(points, u) - shape(u, points.x)
         others[2].plot(np.exp(points.x + points.origin), 100 * np.expm1(residuals), marker, color=colour)
+        others[2].axhline(0, color="0.4", lw=1)
     first.legend(fontsize=8)
     return figure
-
-
-def draw_holdout(axes, N, L, colour, marker, held):
-    last = N == N.max()
-    axes.plot(N[last], L[last], marker, mfc="white", mec=colour, mew=1.5, zorder=4, label="largest size, held out")
-    if held["predicted"]:
-        ends = [0, 0] if held["lo"] is None else [held["predicted"] - held["lo"], held["hi"] - held["predicted"]]
-        axes.errorbar(held["n"] * 1.25, held["predicted"], [ends[:1], ends[1:]], fmt="D", ms=5, color="black", capsize=3,
-                      label=f"predicted from the others, 95 % ({held['error']:+.1%})")
 
 
 def draw_excess(axes, points, family, c):
     """L - c in log-log, where the law is a line, for the best c and both ends of its interval."""
     _, colour, marker, line = STYLES[family]
-    panel(axes, "b  Reducible loss; band and bars: 95 % interval of c", N_LABEL, "L - c (nats per character)", yscale="log")
-    x, N, L, u = np.linspace(0, points.x.max() + 1, 61), np.exp(points.x + points.origin), np.exp(points.y), best_law(points)[1]
-    value, lo, hi = c["value"], c["lo"] or 0, c["hi"] or c["value"]
-    curves = []
-    for offset in (lo, value, hi):
-        log_c = np.log(max(offset, 1e-9 * L.min()))
-        alpha, level = descend(points, (u[0], best_level(points, u)), lambda t, v=log_c: ((t[0], v - t[1]), t[1]))[1]
-        curves.append(np.exp(level - alpha_of([alpha]) * x))
-    axes.fill_between(np.exp(x + points.origin), curves[0], curves[2], color=colour, alpha=0.15, lw=0)
-    axes.plot(np.exp(x + points.origin), curves[1], line, color=colour)
-    shown, least = L - value > 1e-3 * L.min(), 1e-4 * L.min()
-    bars = [np.minimum(hi - value, L - value - least)[shown], np.full(shown.sum(), value - lo)]
-    axes.errorbar(N[shown], (L - value)[shown], bars, fmt=marker, color=colour, capsize=2, lw=1)
-    axes.set_ylim(max((L - hi).min() / 2, (L - value)[shown].min() / 5), 1.3 * (L - lo).max())
+    panel(axes, "b  Reducible loss; band and bars: 95 % interval of c", N_LABEL, "L - c (nats per character)",
+          yscale="log")
+    x, N, L = np.linspace(0, points.x.max() + 1, 61), np.exp(points.x + points.origin), np.exp(points.y)
+    value, lo, hi, least = c["value"], c["lo"] or 0, c["hi"] or c["value"], 1e-4 * L.min()
+    best_at = profile(points, best_law(points)[1], "c")
+    laws = [best_at(np.log(max(offset, 1e-5 * least)))[1] for offset in (lo, value, hi)]
+    low, middle, high = (np.exp(q[1] - alpha_of(q) * x) for q in laws)
+    axes.fill_between(np.exp(x + points.origin), low, high, color=colour, alpha=0.15, lw=0)
+    axes.plot(np.exp(x + points.origin), middle, line, color=colour)
+    excess, N, L = (a[L - value > 10 * least] for a in (L - value, N, L))
+    bars = np.minimum(hi - value, excess - least), np.full(len(N), value - lo)
+    axes.errorbar(N, excess, bars, fmt=marker, color=colour, capsize=2, lw=1)
+    axes.set_ylim(max((L - hi).min() / 2, excess.min() / 5), 1.3 * (L - lo).max())
 
 
 def draw_ridge(axes, points, colour, law):
     """The region of (alpha, c) that the points allow; its shadows on the axes are the intervals of each."""
-    panel(axes, "c  Exponent and offset together: 95 % (solid) and 80 % region", "alpha",
-          "c (nats per character)", "linear")
-    (S, u), value, c = best_law(points), law["alpha"]["value"], law["c"]["value"]
+    panel(axes, "c  Exponent and offset: 95 % (solid) and 80 % region", "alpha", "c (nats per character)",
+          "linear")
+    fit, value, top = best_law(points), law["alpha"]["value"], 2 * np.exp(points.y.min())
     for level, line in ((0.95, "-"), (0.8, "--")):
-        (lo, hi), extra = profile_interval(points, (S, u), "alpha", level), allowance(points, S, level)
-        lo, hi, edges = lo or value / 9, hi or 3 * value, []
+        lo, hi = profile_interval(points, fit, "alpha", level)
+        lo, hi, limit, edges = lo or value / 9, hi or 3 * value, fit[0] + allowance(points, fit[0], level), []
         alphas = lo + (hi - lo) * (1 - np.cos(np.linspace(0.1, np.pi - 0.1, 41))) / 2  # dense at the ends
-        for u0 in np.log(alphas):
-            def rise(c, u0=u0):
-                return descend(points, middle, lambda t: ((u0, np.log(c) - t[0]), t[0]))[0] - S - extra
-            log_rho = descend(points, linear_start(points, alpha_of([u0]))[1],
-                              lambda t, u0=u0: ((u0, t[0]), best_level(points, (u0, t[0]))))[1][0]
-            middle = best_level(points, (u0, log_rho))
-            best = np.exp(middle + log_rho)
-            edges.append(interval_ends(rise, best, 1e-3 * best, (1e-6 * best, 2 * np.exp(points.y.min()))))
-        if np.isfinite(extra):
-            lower, upper = np.array(edges, float).T
-            axes.fill_between(alphas, np.nan_to_num(lower), upper, color=colour, alpha=0.15, lw=0)
-            axes.plot(alphas, np.array([np.nan_to_num(lower), upper]).T, line, color=colour)
-    axes.plot(value, c, "+", color="black", ms=10, mew=1.5)
+        for log_alpha in np.log(alphas):
+            _, level_at, log_c = profile(points, fit[1], "alpha")(log_alpha)[1]
+
+            def rise(c, log_alpha=log_alpha, start=level_at, limit=limit):
+                return descend(points, [start], lambda t: (log_alpha, t[0], np.log(c)))[0] - limit
+            edges.append(interval_ends(rise, np.exp(log_c), 1e-3 * np.exp(log_c), (1e-6 * top, top)))
+        if np.isfinite(limit):
+            lower, upper = np.nan_to_num(np.array(edges, float)).T
+            axes.fill_between(alphas, lower, upper, color=colour, alpha=0.15, lw=0)
+            axes.plot(alphas, lower, line, alphas, upper, line, color=colour)
+    axes.plot(value, law["c"]["value"], "+", color="black", ms=10, mew=1.5)
 
 
 def draw_combined(families, laws):
-    """Loss against size and against compute for all families, and the map of L(N, D) of each with its frontier."""
-    maps = [family for family in families if laws[family]["parametric"]["status"] in BELIEVED]
-    figure = Figure(figsize=(11, 8.6 if maps else 4.4), layout="constrained")
-    axes = figure.subplots(2 if maps else 1, 2, squeeze=False)
-    for i, (title, label, column, key) in enumerate((("a  Loss against size", N_LABEL, "n_fit", "power_law"),
-                                                     ("b  Loss against compute", "C: training FLOPs", "flops", "power_law_flops"))):
-        panel(axes[0, i], title, label, L_LABEL)
+    """Loss against size and against compute for all families, and the map of L(N, D) of each."""
+    figure = Figure(figsize=(11, 8.6), layout="constrained")
+    axes = figure.subplots(2, 2)
+    panel(axes[0, 0], "a  Loss against size", N_LABEL, L_LABEL)
+    panel(axes[0, 1], "b  Loss against compute", "C: training FLOPs, attention included", L_LABEL)
+    for upper, column, key in ((axes[0, 0], "n_fit", "power_law"), (axes[0, 1], "flops", "power_law_flops")):
         for family, runs in families.items():
-            draw_law(axes[0, i], *main_table(runs, column), family, laws[family][key], 3)
-        axes[0, i].legend(fontsize=8)
-    for lower, letter, family in zip(axes[1:].flat, "cd", families, strict=False):
-        if family in maps:
-            draw_map(lower, letter, family, families[family], laws[family]["parametric"])
-        else:
-            lower.set_axis_off()
-            lower.text(0, 0.9, textwrap.fill(f"{letter}  {STYLES[family][0]}: no map of L(N, D), which is "
-                                             f"{laws[family]['parametric']['status']}: {laws[family]['parametric']['reason']}", 70),
-                       va="top")
+            draw_law(upper, *main_table(runs, column), family, laws[family][key], 3)
+        upper.legend(fontsize=8)
+    for lower, letter, (family, runs) in zip(axes[1], "cd", families.items(), strict=False):
+        draw_map(lower, letter, family, runs, laws[family]["parametric"])
     return figure
 
 
@@ -3492,25 +3494,29 @@ def draw_map(axes, letter, family, runs, law):
     """Lines of equal loss of L(N, D), the runs, and the compute-optimal frontier with its 95 % band."""
     name, colour, marker, _ = STYLES[family]
     panel(axes, f"{letter}  {name}: lines of equal loss (nats per character)", N_LABEL, D_LABEL, yscale="log")
-    N, D = (np.array([r[k] for r in runs], float) for k in ("n_fit", "tokens"))
-    n, d = np.geomspace(N.min() / 2, N.max() * 4, 80), np.geomspace(D.min() / 2, D.max() * 8, 80)
-    A, B, E, alpha, beta = (law[k]["value"] for k in ("A", "B", "E", "alpha", "beta"))
-    loss = E + A * n**-alpha + (B * d**-beta)[:, None]
-    axes.clabel(axes.contour(n, d, loss, np.geomspace(loss.min() * 1.01, loss.max(), 10), colors="0.55", linewidths=0.8),
-                fontsize=7, fmt="%.3g")
+    N, D = np.array([[r["n_fit"], r["tokens"]] for r in runs], float).T
     axes.plot(N, D, marker, color=colour, ms=5, label="decayed ends of runs")
-    rows = frontier_of(runs, law, np.geomspace(n[0] * d[0], 1e3 * n[-1] * d[-1], 61))
-    best, tokens, lo, hi = (np.array([row[k] for row in rows]) for k in ("n", "d", "n_lo", "n_hi"))
-    axes.plot(best, tokens, "-", color="black", lw=1.5, label="best N and D for their compute, 95 % band")
-    axes.fill_betweenx(tokens, lo, hi, color="black", alpha=0.12, lw=0)
-    axes.set(xlim=(n[0], n[-1]), ylim=(d[0], d[-1]))
+    if law["status"] in BELIEVED:
+        n, d = np.geomspace(N.min() / 2, N.max() * 4, 80), np.geomspace(D.min() / 2, D.max() * 8, 80)
+        p = [*(np.log(law[k]["value"]) for k in "ABE"), law["alpha"]["value"], law["beta"]["value"]]
+        loss = parametric_loss(p, n, d[:, None])
+        levels = np.geomspace(loss.min() * 1.01, loss.max(), 10)
+        axes.clabel(axes.contour(n, d, loss, levels, colors="0.55", linewidths=0.8), fontsize=7, fmt="%.3g")
+        rows = frontier_of(runs, law, np.geomspace(n[0] * d[0], 1e3 * n[-1] * d[-1], 61))
+        best, tokens, lo, hi = (np.array([row[k] for row in rows]) for k in ("n", "d", "n_lo", "n_hi"))
+        axes.plot(best, tokens, "-", color="black", lw=1.5, label="best N and D for their compute, 95 % band")
+        axes.fill_betweenx(tokens, lo, hi, color="black", alpha=0.12, lw=0)
+        axes.set(xlim=(n[0], n[-1]), ylim=(d[0], d[-1]))
+    else:
+        axes.plot([], [], " ", label=textwrap.fill(f"no map: {law['status']}, {law['reason']}", 60))
     axes.legend(fontsize=8, loc="lower right", framealpha=0.95)
 
 
 def draw_curves(families, curves):
     """Training (thin) and validation (marked) loss of every full run, from light to dark with size."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axes, (family, runs) in zip(figure.subplots(1, len(families), sharey=True, squeeze=False)[0], families.items(), strict=True):
+    places = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
+    for axes, (family, runs) in zip(places, families.items(), strict=True):
         name, _, marker, _ = STYLES[family]
         panel(axes, f"{name}: training loss (thin), validation loss after decay (marks)", D_LABEL,
               "loss (nats per character)", "linear")
@@ -3519,8 +3525,8 @@ def draw_curves(families, curves):
             curve = curves[run["run"]]
             late = len(curve["tokens"]) // 20  # the fall at the very beginning would squeeze the rest
             axes.plot(curve["tokens"][late:], curve["train_loss"][late:], color=shade, lw=0.5, alpha=0.4)
-            axes.plot(curve["val_tokens"], curve["val_loss"], marker, ls="-", color=shade, mec="white", ms=6, zorder=3,
-                      label=run["run"])
+            axes.plot(curve["val_tokens"], curve["val_loss"], marker, ls="-", color=shade, mec="white",
+                      zorder=3, label=run["run"])
         axes.legend(fontsize=8)
     return figure
 

@@ -4,6 +4,7 @@ Simulated tables of five sizes over two decades with a known exponent. Error and
 is usually done; coverage of the bootstrap of fit_parametric_loss over runs and over points; how often tables that follow
 no power law are given an exponent. No data needed. Prints three tables and appends a line to results.jsonl beside this file.
 """
+
 import argparse
 import json
 import sys
@@ -24,7 +25,11 @@ NOISES = (0.002, 0.005, 0.01)
 
 def ours(N, L):
     fit = study.fit_power_law(N, L)["alpha"]
-    return fit["value"], -np.inf if fit["lo"] is None else fit["lo"], np.inf if fit["hi"] is None else fit["hi"]
+    return (
+        fit["value"],
+        -np.inf if fit["lo"] is None else fit["lo"],
+        np.inf if fit["hi"] is None else fit["hi"],
+    )
 
 
 def curve_fit(N, L):
@@ -54,7 +59,12 @@ def pure_power(N, L):
     return line(np.log(N), np.log(L))
 
 
-METHODS = {"fit_power_law": ours, "curve_fit, default start": curve_fit, "c = min(y)": smallest_loss, "c = 0": pure_power}
+METHODS = {
+    "fit_power_law": ours,
+    "curve_fit, default start": curve_fit,
+    "c = min(y)": smallest_loss,
+    "c = 0": pure_power,
+}
 
 
 def power_laws(tables):
@@ -65,10 +75,17 @@ def power_laws(tables):
         for name, method in METHODS.items():
             began = time.perf_counter()
             alpha, lo, hi = np.array([method(SIZES, draw) for draw in draws]).T
-            rows.append({"noise": noise, "method": name, "median_alpha": float(np.nanmedian(alpha)),
-                         "median_error": float(np.median(np.nan_to_num(np.abs(alpha / ALPHA - 1), nan=np.inf))),
-                         "coverage": float(np.mean((lo <= ALPHA) & (ALPHA <= hi))), "bounded": float((np.isfinite(lo) & np.isfinite(hi)).mean()),
-                         "seconds": (time.perf_counter() - began) / tables})
+            rows.append(
+                {
+                    "noise": noise,
+                    "method": name,
+                    "median_alpha": float(np.nanmedian(alpha)),
+                    "median_error": float(np.median(np.nan_to_num(np.abs(alpha / ALPHA - 1), nan=np.inf))),
+                    "coverage": float(np.mean((lo <= ALPHA) & (ALPHA <= hi))),
+                    "bounded": float((np.isfinite(lo) & np.isfinite(hi)).mean()),
+                    "seconds": (time.perf_counter() - began) / tables,
+                }
+            )
     return rows
 
 
@@ -93,9 +110,16 @@ def bootstraps(tables):
 
 def shapes(x, rng):
     """{name: losses at relative log sizes x that follow no power law}, and one that does."""
-    return {"power law": SHARE + (1 - SHARE) * (100 ** (1 - x)) ** rng.uniform(0.2, 0.6), "flat": np.ones_like(x), "log-linear": 2 - x,
-            "exponential": 1 + np.exp(-(100 ** (x - rng.uniform(0, 0.8)))), "step": np.where(x < rng.uniform(0.1, 0.9), 2.0, 1.4),
-            "U": 1 + 2 * (x - 0.6) ** 2, "concave": 2 - x**2, "random": np.exp(0.3 * rng.normal(size=len(x)))}
+    return {
+        "power law": SHARE + (1 - SHARE) * (100 ** (1 - x)) ** rng.uniform(0.2, 0.6),
+        "flat": np.ones_like(x),
+        "log-linear": 2 - x,
+        "exponential": 1 + np.exp(-(100 ** (x - rng.uniform(0, 0.8)))),
+        "step": np.where(x < rng.uniform(0.1, 0.9), 2.0, 1.4),
+        "U": 1 + 2 * (x - 0.6) ** 2,
+        "concave": 2 - x**2,
+        "random": np.exp(0.3 * rng.normal(size=len(x))),
+    }
 
 
 def verdicts(tables):
@@ -105,8 +129,12 @@ def verdicts(tables):
             rng = np.random.default_rng([seed, int(noise * 1e4)])
             x = np.linspace(0, 1, rng.integers(4, 13))
             for name, L in shapes(x, rng).items():
-                fit = study.attempt(study.fit_power_law, 1e6 * 100**x, L * np.exp(noise * rng.normal(size=len(x))))
-                row = counts.setdefault(name, dict.fromkeys(("identified", "ridge", "not_identified", "refused"), 0))
+                fit = study.attempt(
+                    study.fit_power_law, 1e6 * 100**x, L * np.exp(noise * rng.normal(size=len(x)))
+                )
+                row = counts.setdefault(
+                    name, dict.fromkeys(("identified", "ridge", "not_identified", "refused"), 0)
+                )
                 row[fit["status"]] += 1
     return counts
 
@@ -116,22 +144,40 @@ def main():
     parser.add_argument("--tables", type=int, default=300, help="simulated tables per row")
     tables = parser.parse_args().tables
     rows = power_laws(tables)
-    print(f"alpha = {ALPHA}, five sizes, one seed, {tables} tables; relative errors, times relative to fit_power_law\n{'noise':>6s}  {'method':26s}{'median':>9s}{'|error|':>9s}"
-          f"{'covered':>9s}{'bounded':>9s}{'time':>8s}")
+    print(
+        f"alpha = {ALPHA}, five sizes, one seed, {tables} tables; relative errors, times relative to fit_power_law\n{'noise':>6s}  {'method':26s}{'median':>9s}{'|error|':>9s}"
+        f"{'covered':>9s}{'bounded':>9s}{'time':>8s}"
+    )
     for row in rows:
         base = next(r["seconds"] for r in rows if r["noise"] == row["noise"])
-        print(f"{row['noise']:6.1%}  {row['method']:26s}{row['median_alpha']:9.3g}{row['median_error']:9.3g}{row['coverage']:9.1%}"
-              f"{row['bounded']:9.1%}{row['seconds'] / base:8.3f}")
+        print(
+            f"{row['noise']:6.1%}  {row['method']:26s}{row['median_alpha']:9.3g}{row['median_error']:9.3g}{row['coverage']:9.1%}"
+            f"{row['bounded']:9.1%}{row['seconds'] / base:8.3f}"
+        )
     covered, seconds = bootstraps(max(tables // 4, 2))
-    print(f"\nL(N, D), 95 % bootstrap interval of alpha: resampling runs covers {covered['runs']:.1%}, points {covered['points']:.1%}; "
-          f"1,000 draws take {1000 * seconds / rows[0]['seconds']:.0f} times as long as fit_power_law")
+    print(
+        f"\nL(N, D), 95 % bootstrap interval of alpha: resampling runs covers {covered['runs']:.1%}, points {covered['points']:.1%}; "
+        f"1,000 draws take {1000 * seconds / rows[0]['seconds']:.0f} times as long as fit_power_law"
+    )
     counts = verdicts(max(tables // 6, 1))
     print(f"\n{'table':12s}{'identified':>12s}{'ridge':>8s}{'not_identified':>16s}{'refused':>9s}")
     for name, row in counts.items():
-        print(f"{name:12s}{row['identified']:12d}{row['ridge']:8d}{row['not_identified']:16d}{row['refused']:9d}")
+        print(
+            f"{name:12s}{row['identified']:12d}{row['ridge']:8d}{row['not_identified']:16d}{row['refused']:9d}"
+        )
     with open(Path(__file__).with_name("results.jsonl"), "a", encoding="utf-8") as file:
-        file.write(json.dumps({"bench": "fit", "tables": tables, "power_law": rows, "bootstrap_coverage": covered,
-                               "verdicts": counts}) + "\n")
+        file.write(
+            json.dumps(
+                {
+                    "bench": "fit",
+                    "tables": tables,
+                    "power_law": rows,
+                    "bootstrap_coverage": covered,
+                    "verdicts": counts,
+                }
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":
