@@ -3495,9 +3495,9 @@ def draw_map(axes, letter, family, runs, law):
     name, colour, marker, _ = STYLES[family]
     panel(axes, f"{letter}  {name}: lines of equal loss (nats per character)", N_LABEL, D_LABEL, yscale="log")
     N, D = np.array([[r["n_fit"], r["tokens"]] for r in runs], float).T
+    n, d = np.geomspace(N.min() / 2, N.max() * 4, 80), np.geomspace(D.min() / 4, D.max() * 8, 80)
     axes.plot(N, D, marker, color=colour, ms=5, label="decayed ends of runs")
     if law["status"] in BELIEVED:
-        n, d = np.geomspace(N.min() / 2, N.max() * 4, 80), np.geomspace(D.min() / 2, D.max() * 8, 80)
         p = [*(np.log(law[k]["value"]) for k in "ABE"), law["alpha"]["value"], law["beta"]["value"]]
         loss = parametric_loss(p, n, d[:, None])
         levels = np.geomspace(loss.min() * 1.01, loss.max(), 10)
@@ -3506,9 +3506,9 @@ def draw_map(axes, letter, family, runs, law):
         best, tokens, lo, hi = (np.array([row[k] for row in rows]) for k in ("n", "d", "n_lo", "n_hi"))
         axes.plot(best, tokens, "-", color="black", lw=1.5, label="best N and D for their compute, 95 % band")
         axes.fill_betweenx(tokens, lo, hi, color="black", alpha=0.12, lw=0)
-        axes.set(xlim=(n[0], n[-1]), ylim=(d[0], d[-1]))
     else:
         axes.plot([], [], " ", label=textwrap.fill(f"no map: {law['status']}, {law['reason']}", 60))
+    axes.set(xlim=(n[0], n[-1]), ylim=(d[0], d[-1]))
     axes.legend(fontsize=8, loc="lower right", framealpha=0.95)
 
 
@@ -3520,6 +3520,7 @@ def draw_curves(families, curves):
         name, _, marker, _ = STYLES[family]
         panel(axes, f"{name}: training loss (thin), validation loss after decay (marks)", D_LABEL,
               "loss (nats per character)", "linear")
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         shown = sorted((r for r in runs if r["main"] and r["run"] in curves), key=lambda r: r["n_fit"])
         for run, shade in zip(shown, colormaps["viridis"](np.linspace(0.85, 0, len(shown))), strict=True):
             curve = curves[run["run"]]

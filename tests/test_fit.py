@@ -1,4 +1,4 @@
-"""Laws: recovered where they hold, refused where they don't, with intervals that cover; and what follows from them."""
+"""Laws: recovered where they hold, refused where they don't, with intervals that cover; what follows."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def law(N, alpha=0.4, share=0.6, least=0.5):
 
 
 def surface(noise=0.0, seed=0, sizes=5, budgets=3, own=0.5):
-    """(N, D, L, run) of L = .35 + 40 / N^.4 + 300 / D^.45; the branches of a run share all but `own` of its noise."""
+    """(N, D, L, run) of L = .35 + 40 / N^.4 + 300 / D^.45; branches share all but `own` of the noise."""
     rng, run = np.random.default_rng(seed), np.repeat(np.arange(sizes), budgets)
     N, D = np.geomspace(1e6, 1e8, sizes)[run], np.tile(np.geomspace(2.5e7, 1e8, budgets), sizes)
     spread = noise * (np.sqrt(1 - own**2) * rng.normal(size=sizes)[run] + own * rng.normal(size=len(run)))
@@ -350,7 +350,7 @@ def test_the_crossover_is_found_with_its_interval():
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
-    """The folder of a made-up study that went through the fit stage: one family with a law, one with none in D."""
+    """The folder of a made-up study that went through the fit stage: one family has a law."""
     folder, rows, curves = tmp_path_factory.mktemp("fitted"), [], {}
     for family in ("gpt", "lstm"):
         N, D, L, run = surface(0.001, seed=5)
@@ -437,7 +437,7 @@ def test_a_budget_becomes_a_plan(fitted, capsys):
     assert len(rows) == 2 and rows[0] == rows[1]  # two hours at the rate measured are so many FLOPs
     n, d = float(rows[0][1]), float(rows[0][4])
     assert 6 * n * d == pytest.approx(7200 * 6e8 * 1e5, rel=0.02)
-    assert "extrapolated" in hours and "lstm: L(N, D) is" in hours and "No plan" in hours
+    assert "Extrapolated" in hours and "lstm: L(N, D) is" in hours and "No plan" in hours
 
 
 @pytest.mark.parametrize("budget", ["soon", "0h", "-2h", "2w"])
