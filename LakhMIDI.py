@@ -3215,20 +3215,17 @@ def crossover(first, second, level=0.95):
 
     The interval holds the sizes around the crossing at which the ratio of the losses is not told from 1.
     """
-    sizes = np.concatenate([first[0], second[0]])
+    sizes, out = np.concatenate([first[0], second[0]]), {"value": None, "lo": None, "hi": None}
     x = np.linspace(np.log(sizes.min() / 10), np.log(sizes.max() * 10), 41)
-    ratio, lo, hi = np.log(loss_ratio(first, second, np.exp(x), level))
-    crossings, out = np.flatnonzero(ratio[:-1] * ratio[1:] < 0), {"value": None, "lo": None, "hi": None}
+    fine = np.linspace(x[0], x[-1], 4001)
+    ratio, lo, hi = (np.interp(fine, x, v) for v in np.log(loss_ratio(first, second, np.exp(x), level)))
+    crossings = np.flatnonzero(ratio[:-1] * ratio[1:] < 0)
     if not len(crossings):
         return {**out, "reason": f"none: the {'first' if ratio[-1] < 0 else 'second'} family stays ahead"}
-    i = min(crossings, key=lambda k: abs(x[k] - np.log(sizes).mean()))  # two laws may meet twice
-    side = np.sign(ratio[i])  # the band of side * ratio falls through 0 at the crossing
-    lower = np.nan_to_num(np.minimum(side * lo, side * hi), nan=-1)
-    upper = np.nan_to_num(np.maximum(side * lo, side * hi), nan=1)
-    below, above = np.flatnonzero(lower[:i + 1] > 0), i + np.flatnonzero(upper[i + 1:] < 0)
-    for key, y, where in (("value", ratio, [i]), ("lo", lower, below[-1:]), ("hi", upper, above[:1])):
-        for k in where:  # the zero of the line through the points k and k + 1
-            out[key] = float(np.exp(x[k] - y[k] * (x[k + 1] - x[k]) / (y[k + 1] - y[k])))
+    i = min(crossings, key=lambda k: abs(fine[k] - np.log(sizes).mean()))  # two laws may meet twice
+    told = np.flatnonzero((lo > 0) | (hi < 0))  # where the losses are told apart; an open end is not
+    for key, found in (("value", [i]), ("lo", told[told <= i][-1:]), ("hi", told[told > i][:1])):
+        out[key] = float(np.exp(fine[found[0]])) if len(found) else None
     trained = sizes.min() <= out["value"] <= sizes.max()
     return {**out, "reason": "" if trained else "extrapolated: outside the sizes trained"}
 
@@ -3261,9 +3258,8 @@ def describe(law, runs):
     """What a law and the range of the runs behind it support, in sentences for people."""
     if law["status"] == "refused":
         return f"No law: {law['reason']}."
-    N, missed = main_table(runs)[0], law["holdout"]["error"]
-    span = (f"{len(np.unique(N))} sizes within a factor of {N.max() / N.min():.0f}, "
-            f"{len({r['seed'] for r in runs})} seed(s)")
+    N, seeds, missed = main_table(runs)[0], len({r["seed"] for r in runs}), law["holdout"]["error"]
+    span = f"{len(np.unique(N))} sizes within a factor of {N.max() / N.min():.0f}, {seeds} seed(s)"
     if N.max() < 100 * N.min():
         span += ": too narrow a range to carry an exponent over to larger models"
     if law["status"] == "not_identified":
@@ -3273,34 +3269,37 @@ def describe(law, runs):
     return f"alpha = {interval(law['alpha'])}, {law['status']}{ridge}{held_out}. {span}."
 
 
-def fit_surface(runs, n_boot, worth=lambda D, unique: D):
-    """L(N, D) of the rows of one family; worth(D, unique) may count repeated tokens at less."""
+def largest_of(runs):
+    return max(runs, key=lambda r: (r["n_fit"], r["tokens"]))
+
+
+def fit_surface(runs, n_boot, effective=False):
+    """L(N, D) of the rows of one family; D may count repeated tokens at what they are worth."""
     columns, names = ("n_fit", "tokens", "val_loss", "unique_tokens"), [r["run"] for r in runs]
     N, D, L, unique = np.array([[r[column] for column in columns] for r in runs], float).T
-    return attempt(fit_parametric_loss, N, worth(D, unique), L, run_id=names, n_boot=n_boot)
+    D = effective_tokens(D, unique) if effective else D
+    return attempt(fit_parametric_loss, N, D, L, run_id=names, n_boot=n_boot)
 
 
 def frontier_of(runs, surface, budgets):
     """compute_frontier at the FLOPs per parameter of the largest model, with the epochs that D means."""
-    largest = max(runs, key=lambda r: (r["n_fit"], r["tokens"]))
+    largest = largest_of(runs)
     rows = compute_frontier(surface, budgets, largest["flops_per_token"] / largest["n_fit"])
     return [{**row, "epochs": row["d"] * largest["epochs"] / largest["tokens"]} for row in rows]
 
 
 def fit_family(runs, stated, n_boot):
     """All that fits.json says about one family; `stated`: the prediction made before its largest model."""
-    (N, L), largest = main_table(runs), max(runs, key=lambda r: (r["n_fit"], r["tokens"]))
-    law, surface = attempt(fit_power_law, N, L), fit_surface(runs, n_boot)
-    rate = largest["flops_per_token"] * (largest["tokens_per_s"] or 0)
-    out = {"verdict": describe(law, runs), "power_law": law, "parametric": surface, "flops_per_s": rate,
-           "power_law_total_n": attempt(fit_power_law, *main_table(runs, "n_params")),
-           "power_law_flops": attempt(fit_power_law, *main_table(runs, "flops")), "frontier": []}
+    (N, L), largest = main_table(runs), largest_of(runs)
+    laws = {key: attempt(fit_power_law, *main_table(runs, column)) for key, column in
+            (("power_law", "n_fit"), ("power_law_total_n", "n_params"), ("power_law_flops", "flops"))}
+    surface, rate = fit_surface(runs, n_boot), largest["flops_per_token"] * (largest["tokens_per_s"] or 0)
+    out = {"verdict": describe(laws["power_law"], runs), **laws, "parametric": surface, "flops_per_s": rate}
     if largest["epochs"] > 1:
-        out["parametric_effective"] = fit_surface(runs, min(n_boot, 200), effective_tokens)
-    if surface["status"] in BELIEVED and rate:
-        hours = (0.25, 1, 4, 24)
-        rows = frontier_of(runs, surface, [3600 * h * rate for h in hours])
-        out["frontier"] = [{"hours": h, **row} for h, row in zip(hours, rows, strict=True)]
+        out["parametric_effective"] = fit_surface(runs, min(n_boot, 200), effective=True)
+    hours = (0.25, 1, 4, 24) if surface["status"] in BELIEVED and rate else ()
+    rows = frontier_of(runs, surface, [3600 * h * rate for h in hours]) if hours else ()
+    out["frontier"] = [{"hours": h, **row} for h, row in zip(hours, rows, strict=True)]
     if stated and stated.get("predicted"):
         out["prediction"] = with_outcome(stated, L[N == N.max()])
     return out
@@ -3312,10 +3311,9 @@ METHOD = {
     "parametric": "L = E + A / N^alpha + B / D^beta, nothing fixed; sum of Huber(r / 1e-3), r log residuals; "
                   "L-BFGS-B from the best 3 of 64 starts, ftol 1e-12; 95 % intervals: bootstrap over runs",
     "parametric_effective": "D counted as effective tokens, R* = 15.39 fixed; only where data are repeated",
-    "N": "n_fit: all but the embedding; n_params: all; n_non_embedding: without embedding and output layer",
-    "D": "tokens: characters trained on; unique_tokens: distinct; epochs: passes over the training split",
-    "C": "flops: forward and backward, attention included", "lr": "peak rate of the weight matrices",
-    "L": "val_loss: at the decayed end of a run, nats per character; val_loss_se: standard error over tunes",
+    "columns": "n_fit: N, without embedding; n_params: all; n_non_embedding: without output layer, too; "
+               "tokens: D, characters seen; unique_tokens: distinct; flops: C, with attention; lr: peak rate; "
+               "val_loss: L, at the decayed end, nats per character; val_loss_se: standard error over tunes",
     "left_out": "no run; L(N) takes the full-budget runs (main = true), L(N, D) all"}
 
 

@@ -152,10 +152,11 @@ def main():
     print("{:>6s}  {:26s}{:>9s}{:>9s}{:>9s}{:>9s}{:>8s}".format(*HEAD))
     for row in rows:
         base = next(r["seconds"] for r in rows if r["noise"] == row["noise"])
-        cells = "{noise:6.1%}  {method:26s}{median_alpha:9.3g}{median_error:9.3g}{coverage:9.1%}{bounded:9.1%}"
+        cells = "{noise:6.1%}  {method:26s}{median_alpha:9.3g}{median_error:9.3g}"
+        cells += "{coverage:9.1%}{bounded:9.1%}"
         print(cells.format(**row) + f"{row['seconds'] / base:8.3f}")
     covered, seconds = bootstraps(max(tables // 4, 2))
-    print("\nL(N, D), interval of alpha: covers {runs:.1%} by runs, {points:.1%} by points; ".format(**covered)
+    print("\nL(N, D), interval of alpha: covers {runs:.1%} by run, {points:.1%} by point; ".format(**covered)
           + f"1,000 draws take {1000 * seconds / rows[0]['seconds']:.0f} times as long as fit_power_law\n")
     counts = verdicts(max(tables // 6, 1))
     print("{:12s}{:>12s}{:>8s}{:>16s}{:>9s}".format("table", *counts["flat"]))
