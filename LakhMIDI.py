@@ -3254,6 +3254,13 @@ def attempt(law, *args, **kwargs):
         return {"status": "refused", "reason": str(error)}
 
 
+def with_ends(estimate):
+    """"value [lo, hi]" for people, an open end as such."""
+    ends = [estimate[key] for key in ("value", "lo", "hi")]
+    value, lo, hi = ("open" if v is None else f"{v:.3g}" for v in ends)
+    return f"{value} [{lo}, {hi}]"
+
+
 def describe(law, runs):
     """What a law and the range of the runs behind it support, in sentences for people."""
     if law["status"] == "refused":
@@ -3266,7 +3273,7 @@ def describe(law, runs):
         return f"These runs support no exponent: {law['reason']}. {span}."
     ridge = f" ({law['reason']}: only alpha and c together are known)" if law["status"] == "ridge" else ""
     held_out = "" if missed is None else f"; the largest model is predicted from the others to {missed:+.1%}"
-    return f"alpha = {interval(law['alpha'])}, {law['status']}{ridge}{held_out}. {span}."
+    return f"alpha = {with_ends(law['alpha'])}, {law['status']}{ridge}{held_out}. {span}."
 
 
 def largest_of(runs):
@@ -3312,7 +3319,7 @@ METHOD = {
                   "L-BFGS-B from the best 3 of 64 starts, ftol 1e-12; 95 % intervals: bootstrap over runs",
     "parametric_effective": "D counted as effective tokens, R* = 15.39 fixed; only where data are repeated",
     "columns": "n_fit: N, without embedding; n_params: all; n_non_embedding: without output layer, too; "
-               "tokens: D, characters seen; unique_tokens: distinct; flops: C, with attention; lr: peak rate; "
+               "tokens: D, characters seen; unique_tokens: distinct; flops: C, attention too; lr: peak rate; "
                "val_loss: L, at the decayed end, nats per character; val_loss_se: standard error over tunes",
     "left_out": "no run; L(N) takes the full-budget runs (main = true), L(N, D) all"}
 
@@ -3368,7 +3375,7 @@ def plan(cfg, budget):
             notes.append(f"{status} No plan can be made from these runs.")
             continue
         row = frontier_of(runs, fit_surface(runs, cfg.BOOTSTRAP), [flops])[0]
-        n, d, loss = (interval({"value": row[k], "lo": row[f"{k}_lo"], "hi": row[f"{k}_hi"]})
+        n, d, loss = (with_ends({"value": row[k], "lo": row[f"{k}_lo"], "hi": row[f"{k}_hi"]})
                       for k in ("n", "d", "loss"))
         print(f"{family:5s}{n:>32s}{d:>32s}{row['epochs']:8.3g}{loss:>26s}")
         rate = f" at {law['flops_per_s']:.3g} FLOP/s, as measured" if seconds else ""
