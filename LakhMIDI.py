@@ -2794,6 +2794,10 @@ def check_points(N, L, seed_sd=None, least=4):
     return Points(x[order], y[order], 1 / sd[order], np.log(N.min()), seed_sd is not None)
 
 
+def part(points, keep):
+    return points._replace(x=points.x[keep], y=points.y[keep], w=points.w[keep])
+
+
 def alpha_of(q):
     return math.exp(min(q[0], 30))  # finite wherever a search may wander
 
@@ -2851,28 +2855,23 @@ def profile(points, q, name, at=0.0):
         "loss": lambda v: descend(points, (q[0], q[2] - q[1]), lambda t: through(v, *t))}[name]
 
 
-def noise(points, S):
-    """(variance of a weighted residual, its degrees of freedom, p-value of this noise explaining S)."""
+def allowance(points, S, level):
+    """(how far the sum of squares may rise above its minimum S in a profile interval, p-value of the fit).
+
+    chi-square where the noise is known, F where it is estimated: from seeds, if three sizes have several,
+    which do not trust the law, else from the residuals (Bates and Watts 1988, chapter 6).
+    """
+    floor = (ROUNDING * np.median(points.w))**2
     if points.known:
-        return 1.0, np.inf, stats.chi2.sf(S, max(len(points.y) - 3, 1))
+        return max(1, floor) * stats.chi2.ppf(level, 1), stats.chi2.sf(S, max(len(points.y) - 3, 1))
     groups = [points.y[points.x == x] for x in np.unique(points.x)]
     dof, spare = len(points.y) - len(groups), len(groups) - 3
-    if spare > 0 and sum(len(group) > 1 for group in groups) >= 3:  # seeds tell it without trusting the law
-        variance = sum(np.sum((group - group.mean())**2) for group in groups) / dof
-        lack_of_fit = (S - dof * variance) / spare / max(variance, ROUNDING**2)
-        return variance, dof, stats.f.sf(lack_of_fit, spare, dof)
+    if spare > 0 and sum(len(group) > 1 for group in groups) >= 3:
+        variance = max(sum(np.sum((group - group.mean())**2) for group in groups) / dof, floor)
+        lack_of_fit = (S - dof * variance) / spare / variance
+        return variance * stats.f.ppf(level, 1, dof), stats.f.sf(lack_of_fit, spare, dof)
     dof = len(points.y) - 3
-    return S / dof if dof > 0 else np.inf, max(dof, 1), 1.0
-
-
-def allowance(points, S, level):
-    """How far the sum of squares may rise above its minimum S inside the profile interval of one parameter.
-
-    chi-square where the noise is known, F where it is estimated (Bates and Watts 1988, chapter 6).
-    """
-    variance, dof, _ = noise(points, S)
-    quantile = stats.chi2.ppf(level, 1) if np.isinf(dof) else stats.f.ppf(level, 1, dof)
-    return max(variance, (ROUNDING * np.median(points.w))**2) * quantile
+    return max(S / dof, floor) * stats.f.ppf(level, 1, dof) if dof else np.inf, 1.0
 
 
 def interval_ends(rise, best, step, limits):
@@ -2883,7 +2882,7 @@ def interval_ends(rise, best, step, limits):
         while sign * (limit - outer) > 0 and rise(outer) < 0:
             inner, outer = outer, best + 3 * (outer - best)
         outer = sign * min(sign * outer, sign * limit)
-        found = sign * (outer - inner) > 0 and rise(outer) > 0
+        found = sign * (outer - inner) > 0 and rise(inner) <= 0 < rise(outer)
         ends.append(optimize.brentq(rise, inner, outer, xtol=1e-9 * step, rtol=1e-7) if found else None)
     return ends
 
@@ -2891,7 +2890,7 @@ def interval_ends(rise, best, step, limits):
 def profile_interval(points, fit, name, level=0.95, at=0.0):
     """[lo, hi] of alpha, a, c or the loss at x = `at` that the points do not exclude; None if open."""
     (S, q), least = fit, np.exp(points.y.min())
-    extra, best_at = allowance(points, S, level), profile(points, q, name, at)
+    extra, best_at = allowance(points, S, level)[0], profile(points, q, name, at)
     best = {"alpha": q[0], "a": q[1] + alpha_of(q) * points.origin, "c": q[2], "loss": log_law(q, at)}[name]
 
     def rise(v):  # nearly straight on either side of the optimum
@@ -2917,7 +2916,7 @@ def law_band(points, fit, sizes, level=0.95):
 
 
 def state_prediction(points, largest, *, level=0.95, runs=1):
-    """The loss of a model of `largest` parameters from points = {"N", "L"[, "seed_sd"]} of smaller ones.
+    """The loss of a model of `largest` parameters from points = {"N", "L"} of smaller ones, or from Points.
 
     Returns {"n", "predicted", "lo", "hi", "level", "reason"}. The interval is for the mean of `runs` runs:
     the profile interval of the law and the noise of the runs, in quadrature on the log scale. "predicted" is
@@ -2925,16 +2924,16 @@ def state_prediction(points, largest, *, level=0.95, runs=1):
     """
     stated = {"n": float(largest), "predicted": None, "lo": None, "hi": None, "level": level, "reason": ""}
     try:
-        points = check_points(points["N"], points["L"], points.get("seed_sd"), least=3)
+        points = points if isinstance(points, Points) else check_points(points["N"], points["L"], least=3)
     except UserError as error:
         return {**stated, "reason": str(error)}
     fit = best_law(points)
     loss, lo, hi = (float(v[0]) for v in law_band(points, fit, largest, level))
     stated["predicted"] = loss
     if not math.isnan(lo + hi):
-        spread = np.sqrt(allowance(points, fit[0], level) / runs) / np.median(points.w)
-        stated["lo"] = float(loss * np.exp(-np.hypot(np.log(loss / lo), spread)))
-        stated["hi"] = float(loss * np.exp(np.hypot(np.log(hi / loss), spread)))
+        noise = np.sqrt(allowance(points, fit[0], level)[0] / runs) / np.median(points.w)
+        stated["lo"] = float(loss * np.exp(-np.hypot(np.log(loss / lo), noise)))
+        stated["hi"] = float(loss * np.exp(np.hypot(np.log(hi / loss), noise)))
     return stated
 
 
@@ -2997,20 +2996,15 @@ def fit_power_law(N, L, *, seed_sd=None, level=0.95):
         out[name] = {"value": value, "lo": lo, "hi": hi}
     residuals = points.y - log_law(q, points.x)
     out["sigma_log"] = float(np.sqrt(np.sum(residuals**2) / max(len(residuals) - 3, 1)))
-    last, sizes = points.x == points.x.max(), np.exp(points.x + points.origin)
-    smaller = {"N": sizes[~last], "L": np.exp(points.y[~last])}
-    if points.known:
-        smaller["seed_sd"] = 1 / points.w[~last]
-    stated = state_prediction(smaller, np.max(N), level=level, runs=np.sum(last))
+    last = points.x == points.x.max()
+    stated = state_prediction(part(points, ~last), np.max(N), level=level, runs=np.sum(last))
     out["holdout"] = with_outcome(stated, np.exp(points.y[last]))
     out["baselines"] = rival_laws(points, S)
-    rough = noise(points, S)[2] < 0.01
+    rough = allowance(points, S, level)[1] < 0.01
     out["status"], out["reason"] = verdict(
         out, ["alpha"], ["the law misses the points by more than their noise explains"] if rough else [])
-    out["loo_alpha"] = []
-    for x in np.unique(points.x):
-        others = points._replace(**{key: getattr(points, key)[points.x != x] for key in "xyw"})
-        out["loo_alpha"].append(alpha_of(best_law(others)[1]))
+    others = [part(points, points.x != x) for x in np.unique(points.x)]
+    out["loo_alpha"] = [alpha_of(best_law(other)[1]) for other in others]
     return {**out, "objective": S, "n_points": len(points.y), "level": level}
 
 
@@ -3465,14 +3459,16 @@ def draw_ridge(axes, points, colour, law):
     fit, value, top = best_law(points), law["alpha"]["value"], 2 * np.exp(points.y.min())
     for level, line in ((0.95, "-"), (0.8, "--")):
         lo, hi = profile_interval(points, fit, "alpha", level)
-        lo, hi, limit, edges = lo or value / 9, hi or 3 * value, fit[0] + allowance(points, fit[0], level), []
+        lo, hi, edges = lo or value / 9, hi or 3 * value, []
+        limit = fit[0] + allowance(points, fit[0], level)[0]
         alphas = lo + (hi - lo) * (1 - np.cos(np.linspace(0.1, np.pi - 0.1, 41))) / 2  # dense at the ends
         for log_alpha in np.log(alphas):
             _, level_at, log_c = profile(points, fit[1], "alpha")(log_alpha)[1]
 
             def rise(c, log_alpha=log_alpha, start=level_at, limit=limit):
                 return descend(points, [start], lambda t: (log_alpha, t[0], np.log(c)))[0] - limit
-            edges.append(interval_ends(rise, np.exp(log_c), 1e-3 * np.exp(log_c), (1e-6 * top, top)))
+            best = max(np.exp(log_c), 1e-5 * top)
+            edges.append(interval_ends(rise, best, 1e-3 * best, (1e-6 * top, top)))
         if np.isfinite(limit):
             lower, upper = np.nan_to_num(np.array(edges, float)).T
             axes.fill_between(alphas, lower, upper, color=colour, alpha=0.15, lw=0)
