@@ -7,6 +7,7 @@ new music come out at the bottom. The file reads in the order in which the study
     python LakhMIDI.py --LMD_ZIP_PATH lmd_full.tar.gz     the same on the Lakh MIDI Dataset
     python LakhMIDI.py --status                           what is done, what is stale
     python LakhMIDI.py --from train --STUDY cpu           part of it, with another knob (--help lists all)
+    python LakhMIDI.py --plan 2h                          the best N and D for two hours, from the laws fitted
 
   stage      reads                     writes
   extract    ZIP, tar, folder, corpus  data_lakh/midi/, midi_index.json
@@ -53,6 +54,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import time
 import unicodedata
 import zipfile
@@ -207,7 +209,8 @@ class Cfg(metaclass=KnobType):
         """A study of seconds, all files below `root`."""
         root = Path(root)
         return cls(**{"DATA_ROOT": root / "data_lakh", "SAVE_DIR": root / "runs_lakh", "STUDY": "smoke", "WORKERS": 1,
-                      "MAX_MIDI_FILES": 80, "EVAL_TOKENS": 4_000, "SAMPLES": 4, "SAMPLE_CHARS": 200, **knobs})
+                      "MAX_MIDI_FILES": 80, "EVAL_TOKENS": 4_000, "SAMPLES": 4, "SAMPLE_CHARS": 200,
+                      "BOOTSTRAP": 50, **knobs})
 
     # --- derived values
     @property
@@ -2735,22 +2738,28 @@ def device_name(cfg):
 
 
 # ============================================================================================================
-# 8 Fit: scaling_results.json -> fits.json, scaling_points.csv, *_scaling.png
+# 8 Fit: scaling_results.json -> fits.json, scaling_points.csv, *_scaling.png; --plan
 # ============================================================================================================
 
+ROUNDING = 1e-8  # a relative difference of losses that means nothing
+MISSED = 0.03  # a held-out error beyond which an exponent is no finding
+ODDS = math.log(20)  # by so much a law without an exponent must be less likely than the power law
+BELIEVED = ("identified", "ridge")
 
-class Table(NamedTuple):
-    """Losses ready to fit, one entry per trained model."""
+
+class Points(NamedTuple):
+    """Losses ready to fit, one entry per trained model, sorted."""
     x: np.ndarray  # log(N / smallest N)
     y: np.ndarray  # log L
     w: np.ndarray  # 1 / standard deviation of y where that is known, else 1
     origin: float  # log(smallest N)
+    known: bool  # whether it is known
 
 
-def loss_table(N, L, seed_sd=None, least=4):
-    """A Table of the losses L at the sizes N; raises UserError where no falling law can be meant."""
+def check_points(N, L, seed_sd=None, least=4):
+    """The Points of losses L at sizes N; raises UserError where no falling law can be meant."""
     N, L = np.atleast_1d(np.asarray(N, float)), np.atleast_1d(np.asarray(L, float))
-    need(N.ndim == 1 and N.shape == L.shape, f"N and L must have one length, not {N.shape} and {L.shape}")
+    need(N.ndim == 1 and N.shape == L.shape, f"N and L must be of one length, not {N.shape} and {L.shape}")
     need(np.isfinite([N, L]).all(), "a size or a loss is missing or not finite: leave it out")
     need((N > 0).all() and (L > 0).all(), "sizes and losses must be positive")
     sizes = len(np.unique(N))
@@ -2758,581 +2767,456 @@ def loss_table(N, L, seed_sd=None, least=4):
     sd = np.broadcast_to(np.asarray(1.0 if seed_sd is None else seed_sd, float), L.shape)
     need(np.isfinite(sd).all() and (sd > 0).all(), "seed_sd, the noise of log L, must be a positive number")
     x, y = np.log(N) - np.log(N.min()), np.log(L)
-    slope = np.polyfit(x, y, 1, w=1 / sd)[0]
-    need(slope < -1e-9 and y[x == x.max()].mean() < y[x == 0].mean(),
+    need(np.polyfit(x, y, 1, w=1 / sd)[0] < -1e-9 and y[x == x.max()].mean() < y[x == 0].mean(),
          "the loss does not fall with size, so there is no power law to fit")
     order = np.lexsort((sd, y, x))  # not even rounding may depend on the order of the rows
-    return Table(x[order], y[order], 1 / sd[order], np.log(N.min()))
+    return Points(x[order], y[order], 1 / sd[order], np.log(N.min()), seed_sd is not None)
+
+
+def part(points, keep):
+    return points._replace(x=points.x[keep], y=points.y[keep], w=points.w[keep])
+
+
+def alpha_of(q):
+    return math.exp(min(q[0], 30))  # finite wherever a search may wander
 
 
 def log_law(q, x):
-    """log(a exp(-alpha x) + c) for q = (log alpha, log a, log c): a power law in exp(x)."""
-    return np.logaddexp(q[1] - exponent(q[0]) * x, q[2])
+    """log L for q = (log alpha, log of a at the smallest N, log c)."""
+    return np.logaddexp(q[1] - alpha_of(q) * x, q[2])
 
 
-def exponent(log_alpha):
-    return np.exp(np.clip(log_alpha, -30, 30))  # finite wherever a search may wander
+def projected(points, log_alpha, log_rho):
+    """The law of this alpha and this ratio c / a at the level that fits best, a mean: variable projection."""
+    shape, weight = np.logaddexp(-alpha_of([log_alpha]) * points.x, log_rho), points.w**2
+    level = weight @ (points.y - shape) / weight.sum()
+    return log_alpha, level, level + log_rho
 
 
-def least_squares(table, law, start, offset=True):
-    """min over u of sum((w (y - log_law(law(u), x)))^2); returns (minimum, u).
-
-    The last entry of u is log c unless `offset` is False; c = 0, its -infinity, is tried too.
-    """
-    def residual(u):
-        return table.w * (table.y - log_law(law(u), table.x))
-
-    options = {"xtol": 1e-11, "ftol": 1e-13, "maxfev": 500, "full_output": True}
-    u = optimize.leastsq(residual, start, **options)[0]
-    best = np.sum(residual(u) ** 2), u
-    if offset and law(u)[2] < table.y.min() - 5:  # c is small: is it nothing?
-        u = optimize.leastsq(lambda v: residual([*v, -np.inf]), u[:-1], **options)[0]
-        plain = np.sum(residual([*u, -np.inf]) ** 2)
-        if plain <= best[0] * (1 + 1e-9):
-            best = plain, np.append(u, -np.inf)
-    return best
+def descend(points, start, law):
+    """The least sum of squared residuals of log L over the laws law(t), from t = start on: (S, q)."""
+    def residuals(t):
+        return points.w * (points.y - log_law(law(t), points.x))
+    t = optimize.leastsq(residuals, start, xtol=1e-11, ftol=1e-13, maxfev=500, full_output=True)[0]
+    return float(np.sum(residuals(t)**2)), law(t)
 
 
-def best_law(table):
-    """Variable projection: at a fixed alpha the law is linear in (a, c) >= 0; the best alphas are
-    polished."""
+def linear_start(points, alpha):
+    """(misfit, log rho) at a given alpha, where a, c >= 0 are linear in the relative residuals."""
+    design = np.stack([np.exp(-alpha * points.x), np.ones_like(points.x)], 1) * np.exp(-points.y)[:, None]
+    (a, c), misfit = optimize.nnls(design * points.w[:, None], points.w)
+    least = np.exp(points.y.min())
+    return misfit, np.log(max(c, 1e-3 * least) / max(a, 1e-9 * least))
+
+
+def best_law(points):
+    """The optimum (S, q), from the better ones of a grid of exponents."""
     starts = []
-    for alpha in np.geomspace(0.03, 60, 32) / table.x.max():
-        design = np.stack([np.exp(-alpha * table.x), np.ones_like(table.x)], 1) * np.exp(-table.y)[:, None]
-        (a, c), _ = optimize.nnls(design * table.w[:, None], table.w)  # relative residuals: 1 - (a x + c) / L
-        q = np.log([alpha, max(a, 1e-9), max(c, 1e-3 * np.exp(table.y.min()))])
-        starts.append((np.sum((table.w * (table.y - log_law(q, table.x)))**2), *q))
-    starts = [np.array(s[1:]) for s in sorted(starts)[:6:3]]
-    return min((least_squares(table, lambda u: u, start) for start in starts), key=lambda fit: fit[0])
+    for alpha in np.geomspace(0.03, 60, 32) / points.x.max():
+        misfit, log_rho = linear_start(points, alpha)
+        starts.append((misfit, (np.log(alpha), log_rho)))
+    fits = [descend(points, u, lambda u: projected(points, *u)) for _, u in sorted(starts)[:6:3]]
+    return min(fits, key=lambda fit: fit[0])
 
 
-def pinned(table, q, name, at=None):
-    """v -> the least sum of squares of the laws whose log `name` (or log loss at x = `at`) is v."""
-    q = np.maximum(q, [-np.inf, -np.inf, table.y.min() - 7])  # a finite start for log c
-    if name == "alpha":
-        return lambda v: least_squares(table, lambda u: (v, u[0], u[1]), q[1:])[0]
-    if name == "c":
-        return lambda v: least_squares(table, lambda u: (u[0], u[1], v), q[:2], offset=False)[0]
-    if name == "a":  # of L = a N^-alpha + c, that is at N = 1
-        def law(v):
-            return lambda u: (u[0], v - exponent(u[0]) * table.origin, u[1])
-        return lambda v: least_squares(table, law(v), q[::2])[0]
+def profile(points, q, name, at=0.0):
+    """v -> (S, q) of the best law whose log alpha, log a, log c or log loss (at x = `at`) is v."""
+    q = np.maximum(q, [-np.inf, -np.inf, points.y.min() - 7])  # c = 0 is no place to start from
 
-    def through(v):  # u[1]: the log odds of c in the loss exp(v) at `at`
-        return lambda u: (u[0], v - np.logaddexp(0, u[1]) + exponent(u[0]) * at, v - np.logaddexp(0, -u[1]))
-    start = [q[0], q[2] - q[1] + exponent(q[0]) * at]
-    return lambda v: least_squares(table, through(v), start)[0]
+    def through(v, log_alpha, log_rho):
+        level = v - np.logaddexp(-alpha_of([log_alpha]) * at, log_rho)
+        return log_alpha, level, level + log_rho
+    return {
+        "alpha": lambda v: descend(points, linear_start(points, alpha_of([v]))[1],
+                                   lambda t: projected(points, v, t[0])),
+        "a": lambda v: descend(points, q[::2], lambda t: (t[0], v - alpha_of(t) * points.origin, t[1])),
+        "c": lambda v: descend(points, q[:2], lambda t: (*t, v)),
+        "loss": lambda v: descend(points, (q[0], q[2] - q[1]), lambda t: through(v, *t))}[name]
 
 
-def noise_variance(table, S):
-    """(variance of a weighted residual, its degrees of freedom, where it comes from)."""
-    if (table.w != 1).any():
-        return 1.0, np.inf, "seed_sd"
-    groups = [table.y[table.x == x] for x in np.unique(table.x)]
-    groups = [g for g in groups if len(g) > 1]
-    if len(groups) >= 3:  # seeds tell the noise without trusting the law
-        dof = sum(len(g) - 1 for g in groups)
-        return sum(((g - g.mean())**2).sum() for g in groups) / dof, dof, "seeds"
-    dof = len(table.y) - 3
-    return (S / dof if dof > 0 else np.inf), dof, "residuals"
+def allowance(points, S, level):
+    """(how far the sum of squares may rise above its minimum S in a profile interval, p-value of the fit).
 
-
-def allowance(table, S, level):
-    """How far the sum of squares may rise above its minimum S inside a profile interval of one parameter.
-
-    chi-square where the noise is known, F where it is estimated (Bates & Watts 1988, ch. 6).
+    chi-square where the noise is known, F where it is estimated: from seeds, if three sizes have several,
+    which do not trust the law, else from the residuals (Bates and Watts 1988, chapter 6).
     """
-    variance, dof, _ = noise_variance(table, S)
-    if dof <= 0:
-        return np.inf
-    quantile = stats.chi2.ppf(level, 1) if np.isinf(dof) else stats.f.ppf(level, 1, dof)
-    return max(variance, 1e-16 / np.median(table.w)**-2) * quantile  # a table without noise: 1e-8 of the loss
+    floor = (ROUNDING * np.median(points.w))**2
+    if points.known:
+        return max(1, floor) * stats.chi2.ppf(level, 1), stats.chi2.sf(S, max(len(points.y) - 3, 1))
+    groups = [points.y[points.x == x] for x in np.unique(points.x)]
+    dof, spare = len(points.y) - len(groups), len(groups) - 3
+    if spare > 0 and sum(len(group) > 1 for group in groups) >= 3:
+        variance = max(sum(np.sum((group - group.mean())**2) for group in groups) / dof, floor)
+        lack_of_fit = (S - dof * variance) / spare / variance
+        return variance * stats.f.ppf(level, 1, dof), stats.f.sf(lack_of_fit, spare, dof)
+    dof = len(points.y) - 3
+    return max(S / dof, floor) * stats.f.ppf(level, 1, dof) if dof else np.inf, 1.0
 
 
-def profile_ends(rise, best, step, limits):
+def interval_ends(rise, best, step, limits):
     """[lo, hi] around `best` where `rise` reaches 0, by root finding; None for an end beyond its limit."""
     ends = []
     for sign, limit in zip((-1, 1), limits, strict=True):
         inner, outer = best, best + sign * step
         while sign * (limit - outer) > 0 and rise(outer) < 0:
             inner, outer = outer, best + 3 * (outer - best)
-        if sign * (limit - outer) <= 0:
-            outer = limit
-        shut = sign * (outer - inner) > 0 and rise(outer) > 0
-        ends.append(optimize.brentq(rise, inner, outer, xtol=1e-12, rtol=1e-7) if shut else None)
+        outer = sign * min(sign * outer, sign * limit)
+        found = sign * (outer - inner) > 0 and rise(inner) <= 0 < rise(outer)
+        ends.append(optimize.brentq(rise, inner, outer, xtol=1e-9 * step, rtol=1e-7) if found else None)
     return ends
 
 
-def profile_interval(table, fit, name, level=0.95, at=None):
-    """[lo, hi] of a parameter, or of the loss at x = `at`: what the table does not exclude at `level`."""
-    S, q = fit
-    extra = allowance(table, S, level)
-    if not np.isfinite(extra):
-        return [None, None]
-    best = {"alpha": q[0], "a": q[1] + exponent(q[0]) * table.origin, "c": q[2]}.get(name)
-    best = log_law(q, at) if best is None else best
-    profile = pinned(table, q, name, at)
+def profile_interval(points, fit, name, level=0.95, at=0.0):
+    """[lo, hi] of alpha, a, c or the loss at x = `at` that the points do not exclude; None if open."""
+    (S, q), least = fit, np.exp(points.y.min())
+    extra, best_at = allowance(points, S, level)[0], profile(points, q, name, at)
+    best = {"alpha": q[0], "a": q[1] + alpha_of(q) * points.origin, "c": q[2], "loss": log_law(q, at)}[name]
 
     def rise(v):  # nearly straight on either side of the optimum
-        return np.sqrt(max(profile(v) - S, 0)) - np.sqrt(extra)
-    if name == "c":  # a lower end of 0 is an open one
-        top, floor = np.exp(table.y.max()), np.exp(table.y.min()) * 1e-11
-        return profile_ends(lambda c: rise(np.log(c)), max(np.exp(best), floor), 1e-3 * top, (floor, 2 * top))
-    if name == "a" and None in profile_interval(table, fit, "alpha", level):
-        return [None, None]  # a is the reducible loss at N = 1, far outside the table: it is as open as alpha
-    span, gap = table.x.max(), np.diff(np.unique(table.x)).min()
-    limits = np.log([1e-3 / span, 40 / gap]) if name == "alpha" else (best - 100, best + 100)
-    return [None if end is None else float(np.exp(end)) for end in profile_ends(rise, best, 0.05, limits)]
+        return np.sqrt(max(best_at(v)[0] - S, 0)) - np.sqrt(extra)
+    if name == "c":  # on a linear scale; 0 is a lower end left open
+        return interval_ends(lambda c: rise(np.log(c)), np.exp(best) + 1e-11 * least, 1e-3 * least,
+                             (1e-11 * least, 2 * least))
+    limits = best - 100, best + 100
+    if name == "alpha":  # beyond these no size, or none but the smallest, tells the law from a constant
+        limits = np.log([1e-3 / points.x.max(), 40 / np.diff(np.unique(points.x)).min()])
+    return [end if end is None else exp_or_none(end) for end in interval_ends(rise, best, 0.05, limits)]
 
 
-def held_out(N, L, seed_sd=None, level=0.95):
-    """The largest size predicted from all others: loss, prediction interval, relative error.
-
-    lo and hi hold the mean of as many new runs as were held out: the profile interval of the law and the
-    noise of the runs, added in quadrature on the log scale. They are None where three sizes leave nothing to
-    judge the noise by.
-    """
-    N, L = np.asarray(N, float), np.asarray(L, float)
-    last = N == N.max()
-    observed = float(np.exp(np.sort(np.log(L[last])).mean()))
-    sd = None if seed_sd is None else np.broadcast_to(seed_sd, L.shape)
-    stated = state_prediction({"N": N[~last], "L": L[~last], "seed_sd": None if sd is None else sd[~last]},
-                              N.max(), level=level, runs=int(last.sum()))
-    if stated["predicted"] is None:
-        return {**stated, "observed": observed, "error": None, "inside": None}
-    inside = None if stated["lo"] is None else bool(stated["lo"] <= observed <= stated["hi"])
-    return {**stated, "observed": observed, "error": stated["predicted"] / observed - 1, "inside": inside}
+def exp_or_none(v):
+    return float(np.exp(v)) if v < 700 else None
 
 
-def state_prediction(points, largest, *, level=0.95, runs=1):
-    """The loss of a model of `largest` parameters from points = {"N", "L"[, "seed_sd"]} of smaller ones.
-
-    Returns {"n", "predicted", "lo", "hi", "level", "reason"}; "predicted" is None, with the reason, where the
-    points allow no law. The interval is for the mean of `runs` runs, see held_out.
-    """
-    stated = {"n": float(largest), "predicted": None, "lo": None, "hi": None, "level": level, "reason": ""}
-    try:
-        table = loss_table(points["N"], points["L"], points.get("seed_sd"), least=3)
-    except UserError as error:
-        return {**stated, "reason": str(error)}
-    fit = best_law(table)
-    at = np.log(largest) - table.origin
-    lo, hi = profile_interval(table, fit, "loss", level, at)
-    middle = log_law(fit[1], at)
-    stated["predicted"] = float(np.exp(middle))
-    if lo is not None and hi is not None:
-        noise = allowance(table, fit[0], level) * np.median(table.w)**-2 / runs
-        stated["lo"] = float(np.exp(middle - np.hypot(middle - np.log(lo), np.sqrt(noise))))
-        stated["hi"] = float(np.exp(middle + np.hypot(np.log(hi) - middle, np.sqrt(noise))))
-    return stated
-
-
-def predict_loss(N, L, at, *, seed_sd=None, level=0.95):
-    """The fitted law and its profile band at the sizes `at`: arrays (loss, lo, hi), nan where open.
-
-    With level=None the law alone, which takes a hundredth of the time.
-    """
-    table = loss_table(N, L, seed_sd)
-    fit = best_law(table)
-    at = np.log(np.atleast_1d(at).astype(float)) - table.origin
-    if level is None:
-        return np.exp(log_law(fit[1], at))
-    ends = np.array([profile_interval(table, fit, "loss", level, x) for x in at], float)
+def law_band(points, fit, sizes, level=0.95):
+    """The law and its profile interval at `sizes`: arrays (loss, lo, hi), nan where an end is open."""
+    at = np.log(np.atleast_1d(np.asarray(sizes, float))) - points.origin
+    ends = np.array([profile_interval(points, fit, "loss", level, x) for x in at], float)
     return np.exp(log_law(fit[1], at)), ends[:, 0], ends[:, 1]
 
 
-def rival_laws(table):
-    """{name: (sum of squares, parameters)} of laws without a power of N, fitted as the power law is."""
-    ones, relative = np.ones_like(table.x), np.exp(-table.y)
-    rivals = {}
-    for name, powers in (("constant", 0), ("log-linear", 1), ("log-quadratic", 2)):  # L a polynomial in log N
-        design = np.stack([table.x**k for k in range(powers + 1)], 1)
-        coef = np.linalg.lstsq(design * (relative * table.w)[:, None], ones * table.w, rcond=None)[0]
-        for _ in range(20):  # Gauss-Newton from relative to log residuals
-            loss = np.maximum(design @ coef, 1e-9 / relative)
-            rest = table.w * (table.y - np.log(loss))
-            coef = coef + np.linalg.lstsq(design * (table.w / loss)[:, None], rest, rcond=None)[0]
-        rest = table.w * (table.y - np.log(np.maximum(design @ coef, 1e-9)))
-        rivals[name] = float(rest @ rest), powers + 1
-    slope, level = np.polyfit(table.x, table.y, 1, w=table.w)
-    rivals["pure power"] = float(np.sum((table.w * (table.y - level - slope * table.x))**2)), 2
-    size = np.expm1(table.x)  # the same law of N instead of log N is an exponential
-    rivals["exponential"] = float(best_law(table._replace(x=size / np.median(size[size > 0])))[0]), 3
-    return rivals
+def state_prediction(points, largest, *, level=0.95, runs=1):
+    """The loss of a model of `largest` parameters from points = {"N", "L"} of smaller ones, or from Points.
+
+    Returns {"n", "predicted", "lo", "hi", "level", "reason"}. The interval is for the mean of `runs` runs:
+    the profile interval of the law and the noise of the runs, in quadrature on the log scale. "predicted" is
+    None where the points allow no law; lo and hi where three sizes leave nothing to judge the noise by.
+    """
+    stated = {"n": float(largest), "predicted": None, "lo": None, "hi": None, "level": level, "reason": ""}
+    try:
+        points = points if isinstance(points, Points) else check_points(points["N"], points["L"], least=3)
+    except UserError as error:
+        return {**stated, "reason": str(error)}
+    fit = best_law(points)
+    loss, lo, hi = (float(v[0]) for v in law_band(points, fit, largest, level))
+    stated["predicted"] = loss
+    if not math.isnan(lo + hi):
+        noise = np.sqrt(allowance(points, fit[0], level)[0] / runs) / np.median(points.w)
+        stated["lo"] = float(loss * np.exp(-np.hypot(np.log(loss / lo), noise)))
+        stated["hi"] = float(loss * np.exp(np.hypot(np.log(hi / loss), noise)))
+    return stated
 
 
-def evidence(table, S, rivals):
-    """{rival: log Bayes factor in its favour by BIC}: positive where it beats the power law."""
-    n, floor = len(table.y), 1e-16 * np.sum(table.w**2)  # differences below 1e-8 of the loss are rounding
-    if (table.w != 1).any():
-        return {k: 0.5 * (S - s) + (3 - p) / 2 * np.log(n) for k, (s, p) in rivals.items()}
-    gain = {k: n / 2 * np.log((S + floor) / (s + floor)) for k, (s, _) in rivals.items()}
-    return {k: gain[k] + (3 - p) / 2 * np.log(n) for k, (_, p) in rivals.items()}
+def with_outcome(stated, losses):
+    """A stated prediction and what came of it, the geometric mean of `losses`."""
+    observed = float(np.exp(np.sort(np.log(losses)).mean()))
+    error = stated["predicted"] and stated["predicted"] / observed - 1
+    hit = None if stated["lo"] is None else bool(stated["lo"] <= observed <= stated["hi"])
+    return {**stated, "observed": observed, "error": error, "hit": hit}
 
 
-def lack_of_fit(table, S):
-    """p-value of noise alone explaining the residuals; None where the noise is not known apart."""
-    variance, dof, source = noise_variance(table, S)
-    if source == "residuals":
-        return None
-    if source == "seed_sd":
-        return float(stats.chi2.sf(S, max(len(table.y) - 3, 1)))
-    spare = len(np.unique(table.x)) - 3
-    return float(stats.f.sf((S - dof * variance) / spare / max(variance, 1e-16), spare, dof))
+def rival_laws(points, S):
+    """{name: {"objective", "log_odds", "excluded"}} of laws without an exponent on the same points; BIC."""
+    loss, n, floor = np.exp(points.y - points.y.mean()), len(points.y), ROUNDING**2 * np.sum(points.w**2)
+
+    def residuals(line):
+        return points.w * np.log(np.maximum(np.polyval(line, points.x), 1e-9) / loss)
+    line = optimize.leastsq(residuals, np.polyfit(points.x, loss, 1, w=points.w / loss), full_output=True)[0]
+    size = np.expm1(points.x)  # N - smallest N in place of log N makes the power law an exponential
+    laws = {"log-linear": (float(np.sum(residuals(line)**2)), 2),
+            "exponential": (best_law(points._replace(x=size / np.median(size[size > 0])))[0], 3)}
+    for name, (s, parameters) in laws.items():
+        odds = (S - s) / 2 if points.known else n / 2 * np.log((S + floor) / (s + floor))
+        odds = float(odds + (3 - parameters) / 2 * np.log(n))
+        laws[name] = {"objective": s, "log_odds": odds, "excluded": odds < -ODDS}
+    return laws
 
 
-def verdict(table, S, alpha, c, sigma, holdout, odds):
-    """(status, reason): may the table be said to have an exponent? Every rule was set by simulation."""
-    width = None if None in (alpha["lo"], alpha["hi"]) else alpha["hi"] - alpha["lo"]
-    missed = holdout["error"] or 0
-    p, rival = lack_of_fit(table, S), max(("log-quadratic", "exponential"), key=odds.get)
-    plain = max(("constant", "log-linear"), key=odds.get)
-    faults = [
-        (width is None, "the data do not bound alpha"),
-        (abs(missed) > 0.03, f"the largest model is missed by {abs(missed):.1%}"),
-        (sigma > 0.03, f"the residual scatter is {sigma:.1%} of the loss"),
-        (p is not None and p < 0.01, "the law misses the points by more than the noise of the runs explains"),
-        (odds[plain] > 0, f"a {plain} law, which has no exponent, does as well with fewer parameters"),
-        (odds[rival] > np.log(100), f"a {rival} law fits these points far better"),
-    ]
-    ridge = [
-        (width is not None and width > alpha["value"], "the interval of alpha is wider than alpha"),
-        (width is not None and c["lo"] is None and width > alpha["value"] / 2, "c is not told from 0"),
-        (odds["log-linear"] > -3, "a straight line in log N is not excluded"),
-    ]
-    for status, rules in (("not_identified", faults), ("ridge", ridge)):
-        reasons = [reason for broken, reason in rules if broken]
-        if reasons:
-            return status, "; ".join(reasons)
-    return "identified", "alpha is bounded on both sides and no rival law does as well"
+def verdict(law, exponents, faults=()):
+    """(status, reason): may these exponents be believed? Thresholds set by simulation, see bench_fit.py."""
+    width = {k: None if None in law[k].values() else law[k]["hi"] - law[k]["lo"] for k in exponents}
+    missed = abs(law["holdout"]["error"] or 0)
+    faults = [*faults, *(f"the data do not bound {k}" for k in exponents if width[k] is None),
+              *(f"a {name} law, which has no such exponent, is not excluded"
+                for name, rival in law["baselines"].items() if not rival["excluded"]),
+              *([f"the largest model is missed by {missed:.1%}"] if missed > MISSED else [])]
+    if faults:
+        return "not_identified", "; ".join(faults).replace("a exp", "an exp")
+    wide = [f"the interval of {k} is wider than {k}" for k in exponents if width[k] > law[k]["value"]]
+    return ("ridge", "; ".join(wide)) if wide else ("identified", "bounded, and rival laws are excluded")
 
 
 def fit_power_law(N, L, *, seed_sd=None, level=0.95):
-    """Fits L = a N^-alpha + c, all >= 0, to losses L (nats, one per trained model) at sizes N; several seeds
-    repeat N.
+    """Fits L = a N^-alpha + c, all >= 0, to losses L (nats, one per trained model) at sizes N.
 
-    Least squares on log L by variable projection; the intervals are profile-F ones (chi-square where seed_sd,
-    the known standard deviation of log L, is given; from the pooled seed variance where three or more sizes
-    have several seeds). Returns a dict: "alpha", "a" and "c" = {"value", "lo", "hi"}, an end that the data
-    leave open is None (for c: 0 is not excluded); "status" identified | ridge | not_identified and "reason";
-    "sigma_log", the residual standard deviation of log L; "holdout", the largest size predicted from the
-    others; "loo_alpha", alpha without each size in turn; "objective", the sum of squared log residuals (over
-    seed_sd^2 if given); "n_points"; "noise"; "baselines", other laws on the same points. Raises UserError for
-    fewer than four sizes, values that are not finite and positive, and losses that do not fall.
+    Least squares on log L by variable projection; profile-F intervals: chi-square where seed_sd, the known
+    standard deviation of log L, is given; by the pooled seed variance where three or more sizes have several
+    seeds. Returns a dict: "alpha", "a", "c" = {"value", "lo", "hi"}, None for an end that the data leave open
+    (for c: 0 is not excluded); "status" identified | ridge (only alpha and c together are known) |
+    not_identified, and "reason"; "sigma_log", residual standard deviation of log L; "holdout", the largest
+    size predicted from the others; "loo_alpha", alpha without each size in turn; "objective", the sum of
+    squared log residuals (over seed_sd^2 if given); "n_points", "level"; "baselines", laws that have no
+    exponent. Raises UserError for fewer than four sizes, values not finite and positive, rising losses.
     """
-    table = loss_table(N, L, seed_sd)
-    S, q = fit = best_law(table)
-    alpha = min(exponent(q[0]), 40 / np.diff(np.unique(table.x)).min())
-    log_a = q[1] + alpha * table.origin
-    values = {"alpha": alpha, "a": np.exp(log_a) if log_a < 700 else None, "c": np.exp(q[2])}
-    out = {}
-    for name, value in values.items():
-        lo, hi = profile_interval(table, fit, name, level)
-        out[name] = {"value": None if value is None else float(value), "lo": lo, "hi": hi}
-    sigma = float(np.sqrt(np.sum((table.y - log_law(q, table.x))**2) / max(len(table.y) - 3, 1)))
-    holdout = held_out(N, L, seed_sd, level)
-    rivals = rival_laws(table)
-    odds = evidence(table, S, rivals)
-    status, reason = verdict(table, S, out["alpha"], out["c"], sigma, holdout, odds)
-    variance, dof, source = noise_variance(table, S)
-    loo = [best_law(without(table, x))[1][0] for x in np.unique(table.x)]
-    laws = {k: {"objective": s, "parameters": p, "log_odds": float(odds[k])} for k, (s, p) in rivals.items()}
-    return {**out, "status": status, "reason": reason, "sigma_log": sigma, "holdout": holdout,
-            "loo_alpha": [float(np.exp(a)) if a < 10 else None for a in loo], "objective": float(S),
-            "n_points": len(table.y), "level": level, "baselines": laws,
-            "noise": {"sd": float(np.sqrt(variance) / np.median(table.w)), "source": source,
-                      "dof": None if np.isinf(dof) else dof}}
+    points = check_points(N, L, seed_sd)
+    S, q = fit = best_law(points)
+    log_a, out = q[1] + alpha_of(q) * points.origin, {}
+    for name, value in (("alpha", alpha_of(q)), ("a", exp_or_none(log_a)), ("c", float(np.exp(q[2])))):
+        lo, hi = profile_interval(points, fit, name, level)
+        out[name] = {"value": value, "lo": lo, "hi": hi}
+    residuals = points.y - log_law(q, points.x)
+    out["sigma_log"] = float(np.sqrt(np.sum(residuals**2) / max(len(residuals) - 3, 1)))
+    last = points.x == points.x.max()
+    stated = state_prediction(part(points, ~last), np.max(N), level=level, runs=np.sum(last))
+    out["holdout"] = with_outcome(stated, np.exp(points.y[last]))
+    out["baselines"] = rival_laws(points, S)
+    rough = allowance(points, S, level)[1] < 0.01
+    out["status"], out["reason"] = verdict(
+        out, ["alpha"], ["the law misses the points by more than their noise explains"] if rough else [])
+    others = [part(points, points.x != x) for x in np.unique(points.x)]
+    out["loo_alpha"] = [alpha_of(best_law(other)[1]) for other in others]
+    return {**out, "objective": S, "n_points": len(points.y), "level": level}
 
 
-def without(table, x):
-    keep = table.x != x
-    return Table(table.x[keep] - table.x[keep].min(), table.y[keep], table.w[keep], table.origin)
-
-
-def huber_sum(p, u, v, y, weight, delta):
-    """(sum of weight * Huber(r / delta), its gradient) of r = y - log(e^p0 e^(-p3 u) + e^p1 e^(-p4 v) +
-    e^p2)."""
-    terms = np.stack([p[0] - p[3] * u, p[1] - p[4] * v, np.full_like(u, p[2])])
-    top = terms.max(0)
-    share = np.exp(terms - top)
-    total = share.sum(0)
-    share /= total
-    r = (y - top - np.log(total)) / delta
-    size = np.abs(r)
-    value = weight @ np.where(size <= 1, r * r / 2, size - 0.5)
-    pull = share * (-weight * np.clip(r, -1, 1) / delta)
-    return value, np.array([*pull.sum(1), -pull[0] @ u, -pull[1] @ v])
-
-
-def polish(start, data, weight, delta):
-    """The minimum of huber_sum near `start`: (value, p). alpha and beta are kept within 0..20."""
-    best = optimize.minimize(huber_sum, start, (*data, weight, delta), "L-BFGS-B", jac=True,
-                             bounds=[(-60, 60)] * 3 + [(0, 20)] * 2,
-                             options={"ftol": 1e-15, "gtol": 1e-9, "maxiter": 1000, "maxcor": 20})
-    return best.fun, best.x
-
-
-def best_parametric(data, delta, starts=3):
-    """Variable projection on a grid of (alpha, beta) gives the starts, of which the best are polished."""
-    u, v, y = data
-    ones, found = np.ones_like(y), []
-    for alpha, beta in np.stack(np.meshgrid(*[np.geomspace(0.05, 1.5, 8)] * 2), -1).reshape(-1, 2):
-        design = np.stack([np.exp(-alpha * u), np.exp(-beta * v), ones], 1)
-        coef, _ = optimize.nnls(design * np.exp(-y)[:, None], ones)  # relative residuals
-        p = np.array([*np.log(np.maximum(coef, 1e-4 * np.exp(y.min()))), alpha, beta])
-        found.append((huber_sum(p, *data, ones, delta)[0], *p))
-    found = [np.array(f[1:]) for f in sorted(found)[:starts]]
-    return min((polish(start, data, ones, delta) for start in found), key=lambda fit: fit[0])
-
-
-def refit_draws(p, data, weight, delta, steps=100):
-    """The optimum p followed to each row of `weight` (draws, points), all at once: (draws, 5).
-
-    Levenberg-Marquardt on reweighted least squares, while the width of the quadratic zone of the Huber loss
-    shrinks to delta: next to the spread of the draws the error is nothing, and the time is a hundredth of one
-    search per draw.
-    """
-    u, v, y = data
-    p, damp = np.tile(p, (len(weight), 1)), np.full(len(weight), 1e-3)
-
-    def residuals(p):
-        terms = np.stack([p[:, :1] - p[:, 3:4] * u, p[:, 1:2] - p[:, 4:] * v,
-                          np.repeat(p[:, 2:3], len(u), 1)], 1)
-        log_loss = np.logaddexp.reduce(terms, axis=1)
-        return y - log_loss, np.exp(terms - log_loss[:, None])  # (draws, points), (draws, 3, points)
-
-    for width in np.maximum(delta, np.geomspace(0.05, delta / 4, steps)):
-        r, share = residuals(p)
-        jacobian = np.concatenate([share, -share[:, :1] * u, -share[:, 1:2] * v], 1)  # (draws, 5, points)
-        pull = jacobian * (weight * np.minimum(1, width / np.maximum(np.abs(r), 1e-300)))[:, None]
-        hessian = pull @ jacobian.transpose(0, 2, 1)
-        hessian += np.eye(5) * (damp[:, None, None] * hessian + 1e-12)
-        new = p + np.linalg.solve(hessian, pull @ r[:, :, None])[:, :, 0]
-        new = np.clip(new, [-60] * 3 + [0] * 2, [60] * 3 + [20] * 2)
-        cost = [np.sum(weight * np.where(np.abs(e) <= width, e * e / 2, width * (np.abs(e) - width / 2)), 1)
-                for e in (r, residuals(new)[0])]
-        better = cost[1] <= cost[0]
-        p = np.where(better[:, None], new, p)
-        damp = np.clip(np.where(better, damp / 4, damp * 6), 1e-9, 1e6)
-    return p
-
-
-def bootstrap_runs(p, data, run_id, size_id, delta, n_boot, rng):
-    """(n_boot, 5) refits of whole training runs drawn with replacement: the branches of one run share its
-    noise.
-
-    A draw with fewer than three sizes can't hold the law and is drawn again.
-    """
-    runs = np.unique(run_id, return_inverse=True)[1]
-    rng, count, weights = np.random.default_rng(rng), runs.max() + 1, []
-    while len(weights) < n_boot:
-        weight = np.bincount(rng.integers(count, size=count), minlength=count)[runs].astype(float)
-        if len(np.unique(size_id[weight > 0])) >= 3:
-            weights.append(weight)
-    return refit_draws(p, data, np.array(weights), delta)
-
-
-def parametric_table(N, D, L, run_id):
-    """Checked arrays N, D, L, run_id; raises UserError where E + A / N^alpha + B / D^beta can't be told
-    apart."""
+def check_parametric(N, D, L, run_id):
+    """Sorted arrays N, D, L, run_id; raises UserError where the terms of L(N, D) can't be told apart."""
     N, D, L = (np.atleast_1d(np.asarray(values, float)) for values in (N, D, L))
     run_id = np.arange(len(L)) if run_id is None else np.asarray(run_id)
-    need(N.ndim == 1 and N.shape == D.shape == L.shape == run_id.shape, "N, D and L must have one length")
-    need(all(np.isfinite(a).all() and a.min() > 0 for a in (N, D, L)), "N, D, L must be finite and positive")
-    need(len(np.unique(N)) >= 4, f"L(N, D) needs at least four sizes, this table has {len(np.unique(N))}")
-    need(len(np.unique(D)) >= 3, f"L(N, D) needs three token budgets, this table has {len(np.unique(D))}")
-    need(len(L) >= 6, f"L(N, D) has five parameters and needs at least six points, this table has {len(L)}")
+    need(N.ndim == 1 and N.shape == D.shape == L.shape == run_id.shape, "N, D, L must be of one length")
+    need(all(np.isfinite(a).all() and a.min(initial=1) > 0 for a in (N, D, L)), "N, D, L must be positive")
+    counts = len(np.unique(N)), len(np.unique(D)), len(L)
+    need(all(count >= least for count, least in zip(counts, (4, 3, 6), strict=True)),
+         "L(N, D) needs 4 sizes, 3 token budgets and 6 points; this table has {}, {}, {}".format(*counts))
     together = np.corrcoef(np.log(N), np.log(D))[0, 1]
     need(abs(together) < 0.999, "sizes and token budgets rise together: vary one alone")
     slopes = np.linalg.lstsq(np.stack([np.log(N), np.log(D), np.ones_like(N)], 1), np.log(L), rcond=None)[0]
-    need(max(slopes[:2]) < -1e-9, "the loss does not fall with size and with tokens: no law to fit")
-    return N, D, L, run_id
-
-
-def parametric_loss(p, N, D, centre):
-    """E + A / N^alpha + B / D^beta for rows p = (log A', log B', log E, alpha, beta) at centred log N and log
-    D."""
-    p = np.atleast_2d(p)[:, :, None]
-    u, v = np.log(np.atleast_1d(N)) - centre[0], np.log(np.atleast_1d(D)) - centre[1]
-    return np.exp(p[:, 0] - p[:, 3] * u) + np.exp(p[:, 1] - p[:, 4] * v) + np.exp(p[:, 2])
-
-
-def parametric_rivals(data):
-    """{name: (sum of |log residual|, parameters)} of laws with neither an offset nor an exponent per axis."""
-    u, v, y = data
-    design, loss = np.stack([np.ones_like(u), u, v], 1), np.exp(y)
-    product = design @ np.linalg.lstsq(design, y, rcond=None)[0]
-    linear = design @ np.linalg.lstsq(design / loss[:, None], np.ones_like(y), rcond=None)[0]
-    return {"constant": (float(np.abs(y - np.median(y)).sum()), 1),
-            "product of powers": (float(np.abs(y - product).sum()), 3),
-            "log-linear": (float(np.abs(y - np.log(np.maximum(linear, 1e-9))).sum()), 3)}
-
-
-def fit_parametric_loss(N, D, L, *, run_id=None, delta=1e-3, n_boot=1000, rng=0):
-    """Fits L = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, arXiv 2203.15556) to losses L of
-    N-parameter models after D tokens: Huber loss on log residuals, as a sum of (r / delta) so that no
-    tolerance stops it early.
-
-    run_id names the training run of a point; branches of one trunk share it. The 95 % intervals are
-    percentiles of a bootstrap over runs; an open end is None (for E: 0 is not excluded). Returns the keys of
-    fit_power_law for "alpha", "beta", "A", "B", "E", and "draws", {parameter: n_boot values} for what follows
-    from them.
-    """
-    N, D, L, run_id = parametric_table(N, D, L, run_id)
+    need(max(slopes[:2]) < -1e-9, "the loss does not fall with size and with tokens: there is no law to fit")
     order = np.lexsort((L, D, N))
-    N, D, L, run_id = N[order], D[order], L[order], run_id[order]
-    centre = np.log(N).mean(), np.log(D).mean()
-    data = np.log(N) - centre[0], np.log(D) - centre[1], np.log(L)
-    objective, p = best_parametric(data, delta)
-    draws = bootstrap_runs(p, data, run_id, N, delta, n_boot, rng)
-    residual = data[2] - np.log(parametric_loss(p, N, D, centre)[0])
-    names = "alpha", "beta", "A", "B", "E"
-    out = {name: parametric_interval(name, p, draws, centre, L.min()) for name in names}
-    sigma = float(np.sqrt(np.sum(residual**2) / (len(L) - 5)))
-    holdout = parametric_holdout(N, D, L, run_id, delta, min(n_boot, 200), rng, sigma)
-    rivals, runs, error = parametric_rivals(data), len(np.unique(run_id)), np.abs(residual).sum() + 1e-8
-    odds = {k: float(runs * np.log(error / (other + 1e-8)) + (5 - count) / 2 * np.log(runs))
-            for k, (other, count) in rivals.items()}
-    status, reason = parametric_verdict(out, holdout, odds)
-    loo = [best_parametric([d[N != n] for d in data], delta, 1)[1][3] for n in np.unique(N)]
-    laws = {k: {"objective": s, "parameters": n, "log_odds": odds[k]} for k, (s, n) in rivals.items()}
-    return {**out, "status": status, "reason": reason, "sigma_log": sigma, "holdout": holdout,
-            "loo_alpha": [float(a) for a in loo], "objective": float(objective), "n_points": len(L),
-            "n_runs": runs, "level": 0.95, "delta": delta, "baselines": laws,
-            "draws": {"log_A": draws[:, 0] + draws[:, 3] * centre[0], "alpha": draws[:, 3],
-                      "log_B": draws[:, 1] + draws[:, 4] * centre[1], "beta": draws[:, 4],
-                      "log_E": draws[:, 2]}}
+    return N[order], D[order], L[order], run_id[order]
 
 
-def parametric_interval(name, p, draws, centre, least):
-    """{"value", "lo", "hi"} of one parameter from the optimum p and its bootstrap draws."""
-    def value(rows):
-        log_value = {"A": rows[:, 0] + rows[:, 3] * centre[0], "B": rows[:, 1] + rows[:, 4] * centre[1],
-                     "E": rows[:, 2]}
-        if name not in log_value:
-            return rows[:, 3 if name == "alpha" else 4]
-        return np.exp(np.minimum(log_value[name], 700))
-    lo, hi = np.quantile(value(draws), [0.025, 0.975])
-    least = 1e-3 * least
-    shut = {"E": (least, np.inf), "A": (least, 1e30), "B": (least, 1e30)}.get(name, (1e-2, 5))
-    return {"value": float(value(p[None])[0]), "lo": float(lo) if lo > shut[0] else None,
-            "hi": float(hi) if hi < shut[1] else None}
+def huber_sum(p, u, v, y, weight, delta):
+    """(sum of weight * Huber(r / delta), its gradient) of r = y - log(A e^(-alpha u) + B e^(-beta v) + E).
+
+    p = (log A, log B, log E, alpha, beta); u, v, y are log N, log D, log L, centred: nothing overflows.
+    """
+    terms = np.exp(np.array((p[0] - p[3] * u, p[1] - p[4] * v, np.full(len(u), p[2]))))
+    total = terms.sum(0)
+    r = (y - np.log(total)) / delta
+    slope = np.clip(r, -1, 1)  # of the Huber loss
+    pull = terms * (-weight * slope / (delta * total))
+    return weight @ (slope * (r - slope / 2)), np.array((*pull.sum(1), -pull[0] @ u, -pull[1] @ v))
+
+
+def fit_and_draws(N, D, L, run_id, delta, n_boot=0, rng=0, starts=3):
+    """(objective, optimum, (n_boot, 5) refits), each a row (log A, log B, log E, alpha, beta).
+
+    For a pair of exponents the rest is linear: the best pairs of a grid are the starts. The refits are of
+    whole training runs drawn with replacement, since the branches of one run share its noise; a draw of fewer
+    than three sizes can't hold the law and is drawn again.
+    """
+    logs = np.log([N, D, L])
+    means = logs.mean(1, keepdims=True)
+    data, ones, found = logs - means, np.ones_like(N), []
+    for alpha, beta in itertools.product(np.geomspace(0.05, 1.5, 8), repeat=2):
+        design = np.exp([-alpha * data[0], -beta * data[1], 0 * ones])
+        terms, misfit = optimize.nnls((design / np.exp(data[2])).T, ones)  # relative residuals
+        found.append((misfit, (*np.log(np.maximum(terms, 1e-4 * np.exp(data[2].min()))), alpha, beta)))
+
+    def polish(p, weight):
+        best = optimize.minimize(huber_sum, p, (*data, weight, delta), "L-BFGS-B", jac=True,
+                                 bounds=[(-60, 60)] * 3 + [(0, 20)] * 2,
+                                 options={"ftol": 1e-12, "gtol": 1e-8, "maxiter": 2000, "maxcor": 20})
+        return best.fun, best.x
+
+    objective, p = min((polish(p, ones) for _, p in sorted(found)[:starts]), key=lambda fit: fit[0])
+    rows, rng, runs = [p], np.random.default_rng(rng), np.unique(run_id, return_inverse=True)[1]
+    while len(rows) <= n_boot:
+        drawn = rng.integers(runs.max() + 1, size=runs.max() + 1)
+        weight = np.bincount(drawn, minlength=len(drawn))[runs].astype(float)
+        if len(np.unique(N[weight > 0])) >= 3:
+            rows.append(polish(p, weight)[1])
+    rows = np.array(rows)
+    rows[:, :2] += means[2] + rows[:, 3:] * means[:2, 0]
+    rows[:, 2] += means[2]
+    return float(objective), rows[0], rows[1:]
+
+
+def parametric_loss(p, N, D):
+    """E + A / N^alpha + B / D^beta for rows p = (log A, log B, log E, alpha, beta)."""
+    log_A, log_B, log_E, alpha, beta = np.moveaxis(np.asarray(p), -1, 0)
+    return np.exp(log_E) + np.exp(log_A - alpha * np.log(N)) + np.exp(log_B - beta * np.log(D))
 
 
 def parametric_holdout(N, D, L, run_id, delta, n_boot, rng, sigma):
-    """The largest size at its largest budget predicted from all smaller sizes, as held_out does for L(N)."""
-    last = N == N.max()
-    full = last & (D == D[last].max())
-    observed = float(np.exp(np.log(L[full]).mean()))
-    rest = [a[~last] for a in (N, D, L, run_id)]
-    centre = np.log(rest[0]).mean(), np.log(rest[1]).mean()
-    data = np.log(rest[0]) - centre[0], np.log(rest[1]) - centre[1], np.log(rest[2])
-    _, p = best_parametric(data, delta)
-    draws = bootstrap_runs(p, data, rest[3], rest[0], delta, n_boot, rng)
-    at = N.max(), D[full][0], centre
-    predicted = float(parametric_loss(p, *at)[0, 0])
-    band = np.log(np.quantile(parametric_loss(draws, *at), [0.025, 0.975]) / predicted)
-    noise = 1.96 * sigma / np.sqrt(full.sum())
-    lo, hi = predicted * np.exp(-np.hypot(band[0], noise)), predicted * np.exp(np.hypot(band[1], noise))
-    return {"n": float(N.max()), "d": float(D[full][0]), "predicted": predicted, "lo": float(lo),
-            "hi": float(hi), "level": 0.95, "observed": observed, "error": predicted / observed - 1,
-            "inside": bool(lo <= observed <= hi)}
+    """The largest size at its largest budget predicted from all smaller sizes, as in fit_power_law."""
+    rest, last = N < N.max(), (N == N.max()) & (D == D[N == N.max()].max())
+    _, p, draws = fit_and_draws(N[rest], D[rest], L[rest], run_id[rest], delta, n_boot, rng)
+    stated = {"n": float(N.max()), "d": float(D[last][0]), "level": 0.95, "reason": ""}
+    loss, spread = float(parametric_loss(p, stated["n"], stated["d"])), 1.96 * sigma / np.sqrt(last.sum())
+    lo, hi = np.log(np.quantile(parametric_loss(draws, stated["n"], stated["d"]), [0.025, 0.975]) / loss)
+    lo, hi = loss * np.exp([-np.hypot(min(lo, 0), spread), np.hypot(max(hi, 0), spread)])
+    return with_outcome({**stated, "predicted": loss, "lo": float(lo), "hi": float(hi)}, L[last])
 
 
-def parametric_verdict(out, holdout, odds):
-    width = {k: None if None in out[k].values() else out[k]["hi"] - out[k]["lo"] for k in ("alpha", "beta")}
-    rival = max(odds, key=odds.get)
-    for name, symbol in width.items():
-        if symbol is None:
-            return "not_identified", f"the data do not bound {name}"
-    if abs(holdout["error"]) > 0.03:
-        return "not_identified", f"the largest model is missed by {abs(holdout['error']):.1%}"
-    if odds[rival] > 0:
-        return "not_identified", f"a {rival} law does as well with fewer parameters"
-    for name in width:
-        if width[name] > out[name]["value"]:
-            return "ridge", f"the interval of {name} is wider than {name}"
-    return ("ridge", "E is not told from 0") if out["E"]["lo"] is None else (
-        "identified", "alpha and beta are bounded on both sides and no simpler law does as well")
+def parametric_rivals(N, D, L, run_id, delta, misfit):
+    """The same for L(N, D); objective: sum of |log residual|. Few budgets can't exclude an exponential."""
+    design, rivals = np.stack([np.log(N), np.log(D), np.ones_like(N)]), {}
+    product = np.log(L) - np.linalg.lstsq(design.T, np.log(L), rcond=None)[0] @ design
+    linear = 1 - np.linalg.lstsq((design / L).T, np.ones_like(L), rcond=None)[0] @ design / L
+    laws = {"product of powers": (product, 3), "log-linear": (linear, 3)}
+    for name, axis, values in (("exponential in N", 0, N), ("exponential in D", 1, D)):
+        table = [N, D]  # a power of e^N is an exponential of N
+        table[axis] = np.exp(20 * (values - values.min()) / np.ptp(values))
+        laws[name] = np.log(L / parametric_loss(fit_and_draws(*table, L, run_id, delta)[1], *table)), 5
+    runs, floor = len(np.unique(run_id)), ROUNDING * len(L)  # the residuals of one run count as one
+    for name, (residuals, parameters) in laws.items():
+        s = np.abs(residuals).sum()  # Laplace likelihood, which is what the Huber loss amounts to
+        odds = runs * np.log((misfit + floor) / (s + floor)) + (5 - parameters) / 2 * np.log(runs)
+        excluded = bool(odds < (ODDS if parameters == 5 else -ODDS))
+        rivals[name] = {"objective": float(s), "log_odds": float(odds), "excluded": excluded}
+    return rivals
 
 
-def power_family(runs, size="n_fit", cost=None):
-    """N, L of the full-budget runs of one family; with `cost` another column stands in for N."""
-    return [r[cost or size] for r in runs if r["main"]], [r["val_loss"] for r in runs if r["main"]]
+def fit_parametric_loss(N, D, L, *, run_id=None, delta=1e-3, n_boot=1000, rng=0):
+    """Fits L = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022, https://arxiv.org/abs/2203.15556) to
+    losses L of N-parameter models after D tokens: Huber loss on log residuals r, as a sum over r / delta (the
+    mean over r is so small that default tolerances stop the search early).
 
-
-def loss_ratio(first, second, at, level=0.95):
-    """First family's loss over the second's at the sizes `at`, for two tables (N, L): arrays ratio, lo, hi.
-
-    The two profile bands are combined by MOVER (Zou & Donner 2008, doi 10.1002/sim.3095) on the log scale.
+    run_id names the training run of a point; branches of one trunk share it. The 95 % intervals are
+    percentiles of a bootstrap over runs; None for an end that the data leave open (for E: 0 is not excluded).
+    Returns the keys of fit_power_law for "alpha", "beta", "A", "B", "E", and "draws", the n_boot rows
+    (log A, log B, log E, alpha, beta). Raises UserError where the terms can't be told apart.
     """
-    (a, a_lo, a_hi), (b, b_lo, b_hi) = (np.log(predict_loss(*t, at, level=level)) for t in (first, second))
-    below, above = np.hypot(a - a_lo, b_hi - b), np.hypot(a_hi - a, b - b_lo)
-    return np.exp(a - b), np.exp(a - b - below), np.exp(a - b + above)
+    N, D, L, run_id = check_parametric(N, D, L, run_id)
+    need(n_boot >= 2, "n_boot, the number of bootstrap draws, must be at least 2")
+    objective, p, draws = fit_and_draws(N, D, L, run_id, delta, n_boot, rng)
+    ends, out = np.quantile(draws, [0.025, 0.975], axis=0), {}
+    open_at = {"A": (-50, 500), "B": (-50, 500), "E": (np.log(1e-3 * L.min()), 500),
+               "alpha": (0.01, 5), "beta": (0.01, 5)}
+    for i, (name, (least, most)) in enumerate(open_at.items()):
+        (lo, hi), scale = ends[:, i], np.exp if i < 3 else float
+        out[name] = {"value": float(scale(p[i])), "lo": float(scale(lo)) if lo > least else None,
+                     "hi": float(scale(hi)) if hi < most else None}
+    residuals = np.log(L / parametric_loss(p, N, D))
+    out["sigma_log"] = float(np.sqrt(np.sum(residuals**2) / (len(L) - 5)))
+    out["holdout"] = parametric_holdout(N, D, L, run_id, delta, min(n_boot, 200), rng, out["sigma_log"])
+    out["baselines"] = parametric_rivals(N, D, L, run_id, delta, np.abs(residuals).sum())
+    out["status"], out["reason"] = verdict(out, ("alpha", "beta"))
+    rest = [[a[N != n] for a in (N, D, L, run_id)] for n in np.unique(N)]
+    out["loo_alpha"] = [float(fit_and_draws(*table, delta, starts=1)[1][3]) for table in rest]
+    return {**out, "objective": objective, "n_points": len(L), "n_runs": len(np.unique(run_id)),
+            "level": 0.95, "delta": delta, "draws": draws}
+
+
+def effective_tokens(D, unique, r_star=15.39):
+    """What D tokens, `unique` of them distinct, are worth in fresh ones: D' = U + U R* (1 - exp(-R / R*)).
+
+    R: repetitions after the first pass (Muennighoff et al. 2023, https://arxiv.org/abs/2305.16264, eq. 5).
+    """
+    D, unique = np.asarray(D, float), np.minimum(unique, D)
+    return unique - unique * r_star * np.expm1(-(D / unique - 1) / r_star)
+
+
+def compute_frontier(law, flops_budgets, flops_per_parameter_token=6.0):
+    """The best split of budgets C (FLOPs) into N parameters and D tokens, C = flops_per_parameter_token N D.
+
+    N* = G (C/6)^(beta/(alpha+beta)), G = (alpha A / (beta B))^(1/(alpha+beta)) (Hoffmann et al. 2022, eq. 4),
+    for the result of fit_parametric_loss and its draws: rows {"flops", "n", "d", "loss", each _lo and _hi}.
+    """
+    best = [*(np.log(law[name]["value"]) for name in "ABE"), law["alpha"]["value"], law["beta"]["value"]]
+    draws, rows = law["draws"][(law["draws"][:, 3:] > 1e-3).all(1)], []
+
+    def optimum(p, pairs):
+        log_A, log_B, _, alpha, beta = np.moveaxis(np.asarray(p), -1, 0)
+        n = np.exp((np.log(alpha / beta) + log_A - log_B + beta * np.log(pairs)) / (alpha + beta))
+        return {"n": n, "d": pairs / n, "loss": parametric_loss(p, n, pairs / n)}
+    for flops in np.atleast_1d(flops_budgets):
+        row, spread = {"flops": float(flops)}, optimum(draws, flops / flops_per_parameter_token)
+        for key, value in optimum(best, flops / flops_per_parameter_token).items():
+            lo, hi = np.quantile(spread[key], [0.025, 0.975])
+            row |= {key: float(value), f"{key}_lo": float(lo), f"{key}_hi": float(hi)}
+        rows.append(row)
+    return rows
+
+
+def main_table(runs, column="n_fit"):
+    """(N, L) of the full-budget runs of one family; another column may stand in for N."""
+    rows = [(r[column], r["val_loss"]) for r in runs if r["main"]]
+    return np.array(rows, float).reshape(-1, 2).T
+
+
+def loss_ratio(first, second, sizes, level=0.95):
+    """The fitted loss of one table (N, L) over another's at `sizes`: arrays (ratio, lo, hi), nan where open.
+
+    The two profile intervals are added in quadrature on the log scale (Zou and Donner 2008,
+    https://doi.org/10.1002/sim.3095).
+    """
+    points = [check_points(*table) for table in (first, second)]
+    (a, a_lo, a_hi), (b, b_lo, b_hi) = (np.log(law_band(p, best_law(p), sizes, level)) for p in points)
+    return np.exp([a - b, a - b - np.hypot(a - a_lo, b_hi - b), a - b + np.hypot(a_hi - a, b - b_lo)])
 
 
 def shared_alpha(first, second, drop_smallest=False):
-    """F test of one alpha for two tables (N, L) against one each: {"alpha", "each", "f", "p"}."""
-    tables = []
-    for N, L in (first, second):
-        keep = np.asarray(N) > min(N) * drop_smallest
-        tables.append(loss_table(np.asarray(N)[keep], np.asarray(L)[keep], least=4 - drop_smallest))
-    fits = [best_law(table) for table in tables]
-    profiles = [pinned(table, q, "alpha") for table, (_, q) in zip(tables, fits, strict=True)]
-    logs = sorted(q[0] for _, q in fits)
-    joint = optimize.minimize_scalar(lambda v: sum(p(v) for p in profiles), method="bounded",
-                                     bounds=(logs[0] - 0.1, logs[1] + 0.1), options={"xatol": 1e-8})
-    spare, apart = sum(len(t.y) for t in tables) - 6, sum(S for S, _ in fits)
-    each = [float(np.exp(q[0])) for _, q in fits]
-    out = {"alpha": float(np.exp(joint.x)), "each": each, "f": None, "p": None}
+    """F test of one alpha for two tables (N, L) against one for each: {"alpha", "each", "f", "p"}."""
+    keep = [N > N.min() * drop_smallest for N, _ in (first, second)]
+    tables = [check_points(N[k], L[k], least=3) for (N, L), k in zip((first, second), keep, strict=True)]
+    fits = [best_law(points) for points in tables]
+    profiles = [profile(points, q, "alpha") for points, (_, q) in zip(tables, fits, strict=True)]
+    lo, hi = sorted(q[0] for _, q in fits)
+    joint = optimize.minimize_scalar(lambda v: sum(best_at(v)[0] for best_at in profiles), method="bounded",
+                                     bounds=(lo - 0.1, hi + 0.1), options={"xatol": 1e-8})
+    out = {"alpha": float(np.exp(joint.x)), "each": [alpha_of(q) for _, q in fits], "f": None, "p": None}
+    apart, spare = sum(S for S, _ in fits), sum(len(points.y) for points in tables) - 6
     if spare > 0:
-        f = max(joint.fun - apart, 0) / max(apart / spare, 1e-16)
-        out |= {"f": float(f), "p": float(stats.f.sf(f, 1, spare))}
+        out["f"] = float(max(joint.fun - apart, 0) / max(apart / spare, ROUNDING**2))
+        out["p"] = float(stats.f.sf(out["f"], 1, spare))
     return out
 
 
 def crossover(first, second, level=0.95):
-    """Where the fitted losses of two tables meet, within ten times the range of sizes: {"value", "lo", "hi",
-    "reason"}.
+    """Where the laws of two tables meet, within ten times their range: {"value", "lo", "hi", "reason"}.
 
     The interval holds the sizes around the crossing at which the ratio of the losses is not told from 1.
     """
-    sizes = np.concatenate([first[0], second[0]])
-    at = np.geomspace(sizes.min() / 10, sizes.max() * 10, 41)
-    ratio, lo, hi = loss_ratio(first, second, at, level)
-    crossing = np.flatnonzero(np.diff(np.sign(np.log(ratio))))
-    if not len(crossing):
-        better = "first" if ratio[-1] < 1 else "second"
-        reason = f"none in range: the {better} family stays ahead"
-        return {"value": None, "lo": None, "hi": None, "reason": reason}
-    i = min(crossing, key=lambda k: abs(np.log(at[k]) - np.log(sizes).mean()))  # two laws may meet twice
-    value = np.exp(np.interp(0, *[a[np.argsort(np.log(ratio[i:i + 2]))] for a in
-                                  (np.log(ratio[i:i + 2]), np.log(at[i:i + 2]))]))
-    unsure = ~((lo > 1) | (hi < 1))
-    below, above = np.flatnonzero(~unsure[:i + 1]), np.flatnonzero(~unsure[i + 1:])
-    return {"value": float(value), "lo": float(at[below[-1]]) if len(below) else None,
-            "hi": float(at[i + 1 + above[0]]) if len(above) else None,
-            "reason": "" if len(crossing) == 1 else f"the best supported of {len(crossing)} crossings"}
+    sizes, out = np.concatenate([first[0], second[0]]), {"value": None, "lo": None, "hi": None}
+    x = np.linspace(np.log(sizes.min() / 10), np.log(sizes.max() * 10), 41)
+    fine = np.linspace(x[0], x[-1], 4001)
+    ratio, lo, hi = (np.interp(fine, x, v) for v in np.log(loss_ratio(first, second, np.exp(x), level)))
+    crossings = np.flatnonzero(ratio[:-1] * ratio[1:] < 0)
+    if not len(crossings):
+        return {**out, "reason": f"none: the {'first' if ratio[-1] < 0 else 'second'} family stays ahead"}
+    i = min(crossings, key=lambda k: abs(fine[k] - np.log(sizes).mean()))  # two laws may meet twice
+    told = np.flatnonzero((lo > 0) | (hi < 0))  # where the losses are told apart; an open end is not
+    for key, found in (("value", [i]), ("lo", told[told <= i][-1:]), ("hi", told[told > i][:1])):
+        out[key] = float(np.exp(fine[found[0]])) if len(found) else None
+    trained = sizes.min() <= out["value"] <= sizes.max()
+    return {**out, "reason": "" if trained else "extrapolated: outside the sizes trained"}
 
 
-def compare_families(first, second, *, level=0.95):
-    """How two families of runs (rows of scaling_results.json) differ: exponents, losses at equal cost,
-    crossover.
+def compare_families(first, second):
+    """How two families of runs (rows of scaling_results.json) differ; a part may be {"status": "refused"}.
 
-    Returns {"shared_alpha", "shared_alpha_without_smallest", "equal_parameters", "equal_flops", "crossover"};
-    ratios are the first family's loss over the second's at the largest size (cost) that both have reached. A
-    part that the runs do not allow is {"status": "refused", "reason"}.
+    Ratios are the first family's loss over the second's at the largest size (cost) that both have reached.
     """
-    by_size, by_cost = ([power_family(runs, cost=c) for runs in (first, second)] for c in (None, "flops"))
+    by_size, by_cost = ([main_table(runs, key) for runs in (first, second)] for key in ("n_fit", "flops"))
 
-    def ratio(tables):
-        at = min(max(N) for N, _ in tables)
-        value, lo, hi = (None if np.isnan(a[0]) else float(a[0]) for a in loss_ratio(*tables, [at], level))
-        return {"at": float(at), "value": value, "lo": lo, "hi": hi}
-    return {"shared_alpha": attempt(shared_alpha, *by_size),
+    def ratio(first, second):
+        at = float(min(first[0].max(), second[0].max()))
+        ends = [None if np.isnan(v[0]) else float(v[0]) for v in loss_ratio(first, second, at)]
+        return {"at": at, "value": ends[0], "lo": ends[1], "hi": ends[2]}
+    return {"shared_alpha": attempt(shared_alpha, *by_size), "crossover": attempt(crossover, *by_size),
             "shared_alpha_without_smallest": attempt(shared_alpha, *by_size, drop_smallest=True),
-            "equal_parameters": attempt(ratio, by_size), "equal_flops": attempt(ratio, by_cost),
-            "crossover": attempt(crossover, *by_size, level)}
+            "equal_parameters": attempt(ratio, *by_size), "equal_flops": attempt(ratio, *by_cost)}
 
 
 def attempt(law, *args, **kwargs):
@@ -3343,303 +3227,288 @@ def attempt(law, *args, **kwargs):
         return {"status": "refused", "reason": str(error)}
 
 
-def effective_tokens(D, unique, r_star=15.39):
-    """Tokens' worth of D tokens, `unique` of them distinct (Muennighoff et al. 2023, arXiv 2305.16264, eq.
-    5)."""
-    D, unique = np.asarray(D, float), np.asarray(unique, float)
-    repeats = np.maximum(D / unique - 1, 0)
-    return np.where(repeats > 0, unique + unique * r_star * -np.expm1(-repeats / r_star), D)
+def with_ends(estimate):
+    """"value [lo, hi]" for people, an open end as such."""
+    ends = [estimate[key] for key in ("value", "lo", "hi")]
+    value, lo, hi = ("open" if v is None else f"{v:.3g}" for v in ends)
+    return f"{value} [{lo}, {hi}]"
 
 
-def compute_frontier(fit, flops_budgets, flops_per_parameter_token=6.0):
-    """The best split of each budget C (FLOPs) into N parameters and D tokens, C = flops_per_parameter_token N
-    D.
-
-    N* = G (C/6)^(beta/(alpha+beta)), G = (alpha A / (beta B))^(1/(alpha+beta)) (Hoffmann et al. 2022, eq. 4),
-    for the fit and for every bootstrap draw of it. Returns a list of {"flops", "n", "d", "loss", each with
-    _lo and _hi}.
-    """
-    def best(log_A, log_B, log_E, alpha, beta, pairs):
-        log_n = (np.log(alpha / beta) + log_A - log_B + beta * np.log(pairs)) / (alpha + beta)
-        log_d = np.log(pairs) - log_n
-        loss = np.exp(log_E) + np.exp(log_A - alpha * log_n) + np.exp(log_B - beta * log_d)
-        return {"n": np.exp(log_n), "d": np.exp(log_d), "loss": loss}
-
-    names = "log_A", "log_B", "log_E", "alpha", "beta"
-    value = {k: fit[k]["value"] if k in fit else np.log(fit[k[-1]]["value"]) for k in names}
-    draws = {k: np.asarray(fit["draws"][k]) for k in names}
-    sound = (draws["alpha"] > 1e-3) & (draws["beta"] > 1e-3)
-    rows = []
-    for flops in np.atleast_1d(flops_budgets):
-        pairs = flops / flops_per_parameter_token
-        row = {"flops": float(flops)}
-        row |= {k: float(v) for k, v in best(*(value[k] for k in names), pairs).items()}
-        for key, values in best(*(draws[k][sound] for k in names), pairs).items():
-            row[key + "_lo"], row[key + "_hi"] = (float(v) for v in np.quantile(values, [0.025, 0.975]))
-        rows.append(row)
-    return rows
-
-
-def describe(law):
-    """One sentence on a fitted law, for people."""
-    def number(v):
-        return "open" if v is None else f"{v:.3g}"
+def describe(law, runs):
+    """What a law and the range of the runs behind it support, in sentences for people."""
     if law["status"] == "refused":
         return f"No law: {law['reason']}."
-    alpha, holdout = law["alpha"], law["holdout"]
-    interval = f"[{number(alpha['lo'])}, {number(alpha['hi'])}]"
-    missed = "" if holdout["error"] is None else f"; largest model missed by {abs(holdout['error']):.1%}"
+    N, seeds, missed = main_table(runs)[0], len({r["seed"] for r in runs}), law["holdout"]["error"]
+    span = f"{len(np.unique(N))} sizes within a factor of {N.max() / N.min():.0f}, {seeds} seed(s)"
+    if N.max() < 100 * N.min():
+        span += ": too narrow a range to carry an exponent over to larger models"
     if law["status"] == "not_identified":
-        return f"This range of sizes cannot support an exponent: {law['reason']}."
-    return f"alpha = {alpha['value']:.3g} {interval}{missed}: {law['status']}" + (
-        f" ({law['reason']}: only the pair of alpha and c is known)." if law["status"] == "ridge" else ".")
+        return f"These runs support no exponent: {law['reason']}. {span}."
+    ridge = f" ({law['reason']}: only alpha and c together are known)" if law["status"] == "ridge" else ""
+    held_out = "" if missed is None else f"; the largest model is predicted from the others to {missed:+.1%}"
+    return f"alpha = {with_ends(law['alpha'])}, {law['status']}{ridge}{held_out}. {span}."
 
 
-def fit_family(runs, stated):
-    """Everything that fits.json says about one family; `stated` is the prediction made before its largest
-    run."""
-    total = [r["n_params"] for r in runs if r["main"]]
-    N, L = power_family(runs)
-    law = attempt(fit_power_law, N, L)
-    columns = [np.array([r[k] for r in runs]) for k in ("n_fit", "tokens", "val_loss")]
-    names = [r["run"] for r in runs]
-    surface = attempt(fit_parametric_loss, *columns, run_id=names)
-    worth = effective_tokens(columns[1], [r["unique_tokens"] for r in runs])
-    out = {"verdict": describe(law), "power_law": law, "power_law_total_n": attempt(fit_power_law, total, L),
-           "power_law_flops": attempt(fit_power_law, *power_family(runs, cost="flops")),
-           "parametric": surface,
-           "parametric_effective": attempt(fit_parametric_loss, columns[0], worth, columns[2], run_id=names,
-                                           n_boot=200),
-           "flops_per_parameter_token": np.median([r["flops"] / r["n_fit"] / r["tokens"] for r in runs]),
-           "flops_per_s": max((r["flops_per_token"] * (r.get("tokens_per_s") or 0) for r in runs), default=0)}
-    if surface["status"] != "refused" and out["flops_per_s"]:
-        hours = [0.25, 1, 4, 24]
-        budgets = np.array(hours) * 3600 * out["flops_per_s"]
-        rows = compute_frontier(surface, budgets, out["flops_per_parameter_token"])
-        out["frontier"] = [{"hours": h, **row} for h, row in zip(hours, rows, strict=True)]
+def largest_of(runs):
+    return max(runs, key=lambda r: (r["n_fit"], r["tokens"]))
+
+
+def fit_surface(runs, n_boot, effective=False):
+    """L(N, D) of the rows of one family; D may count repeated tokens at what they are worth."""
+    columns, names = ("n_fit", "tokens", "val_loss", "unique_tokens"), [r["run"] for r in runs]
+    N, D, L, unique = np.array([[r[column] for column in columns] for r in runs], float).T
+    D = effective_tokens(D, unique) if effective else D
+    return attempt(fit_parametric_loss, N, D, L, run_id=names, n_boot=n_boot)
+
+
+def frontier_of(runs, surface, budgets):
+    """compute_frontier at the FLOPs per parameter of the largest model, with the epochs that D means."""
+    largest = largest_of(runs)
+    rows = compute_frontier(surface, budgets, largest["flops_per_token"] / largest["n_fit"])
+    return [{**row, "epochs": row["d"] * largest["epochs"] / largest["tokens"]} for row in rows]
+
+
+def fit_family(runs, stated, n_boot):
+    """All that fits.json says about one family; `stated`: the prediction made before its largest model."""
+    (N, L), largest = main_table(runs), largest_of(runs)
+    laws = {key: attempt(fit_power_law, *main_table(runs, column)) for key, column in
+            (("power_law", "n_fit"), ("power_law_total_n", "n_params"), ("power_law_flops", "flops"))}
+    surface, rate = fit_surface(runs, n_boot), largest["flops_per_token"] * (largest["tokens_per_s"] or 0)
+    out = {"verdict": describe(laws["power_law"], runs), **laws, "parametric": surface, "flops_per_s": rate}
+    if largest["epochs"] > 1:
+        out["parametric_effective"] = fit_surface(runs, min(n_boot, 200), effective=True)
+    hours = (0.25, 1, 4, 24) if surface["status"] in BELIEVED and rate else ()
+    rows = frontier_of(runs, surface, [3600 * h * rate for h in hours]) if hours else ()
+    out["frontier"] = [{"hours": h, **row} for h, row in zip(hours, rows, strict=True)]
     if stated and stated.get("predicted"):
-        largest = [loss for n, loss in zip(N, L, strict=True) if n == max(N)]
-        observed = float(np.exp(np.mean(np.log(largest))))
-        hit = None if stated["lo"] is None else stated["lo"] <= observed <= stated["hi"]
-        out["prediction"] = {**stated, "observed": observed, "error": stated["predicted"] / observed - 1,
-                             "hit": hit}
+        out["prediction"] = with_outcome(stated, L[N == N.max()])
     return out
 
 
 METHOD = {
-    "power_law": "L = a N^-alpha + c, all free; least squares on log L by variable projection, profile-F",
-    "parametric": "L = E + A / N^alpha + B / D^beta; Huber loss (delta 1e-3) on log residuals; L-BFGS-B from "
-                  "the best 3 of 64 starts, ftol 1e-15; percentiles of a bootstrap over training runs",
-    "parametric_effective": "D replaced by effective tokens, R* = 15.39 (Muennighoff et al. 2023)",
-    "N": "n_fit: all but the input embedding; n_params: all; n_non_embedding: without embedding and head",
-    "D": "tokens: training characters; unique_tokens: distinct ones",
-    "L": "validation loss at the decayed end of a run, nats per character",
-    "left_out": "no run; L(N) takes the runs with main = true, L(N, D) all", "level": 0.95}
+    "power_law": "L = a N^-alpha + c, a, c >= 0, nothing fixed; least squares on log L by variable "
+                 "projection, 32 starts, tolerance 1e-11; 95 % profile-F intervals",
+    "parametric": "L = E + A / N^alpha + B / D^beta, nothing fixed; sum of Huber(r / 1e-3), r log residuals; "
+                  "L-BFGS-B from the best 3 of 64 starts, ftol 1e-12; 95 % intervals: bootstrap over runs",
+    "parametric_effective": "D counted as effective tokens, R* = 15.39 fixed; only where data are repeated",
+    "columns": "n_fit: N, without embedding; n_params: all; n_non_embedding: without output layer, too; "
+               "tokens: D, characters seen; unique_tokens: distinct; flops: C, attention too; lr: peak rate; "
+               "val_loss: L, at the decayed end, nats per character; val_loss_se: standard error over tunes",
+    "left_out": "no run; L(N) takes the full-budget runs (main = true), L(N, D) all"}
 
 
-@stage(version=1, knobs="", after=train, root="SAVE_DIR")
+@stage(version=2, knobs="BOOTSTRAP", after=train, root="SAVE_DIR")
 def fit(cfg):
-    """Laws, comparison and figures: scaling_results.json -> fits.json, scaling_points.csv, *.png, all in
-    SAVE_DIR."""
-    folder = Path(cfg.SAVE_DIR)
-    study = read_json(folder / "scaling_results.json")
-    stated = read_json(folder / "prediction.json") or {}
-    families = {}
+    """Laws, comparison, figures: scaling_results.json -> fits.json, scaling_points.csv, *.png in SAVE_DIR."""
+    folder, families = Path(cfg.SAVE_DIR), {}
+    study, stated = read_json(folder / "scaling_results.json"), read_json(folder / "prediction.json", {})
     for run in study["runs"]:
         families.setdefault(run["family"], []).append(run)
-    fits = {"study": study["study"], "corpus": study["corpus"], "method": METHOD,
-            "families": {name: fit_family(runs, stated.get(name)) for name, runs in families.items()}}
+    laws = {name: fit_family(runs, stated.get(name), cfg.BOOTSTRAP) for name, runs in families.items()}
+    fits = {"study": study["study"], "corpus": study["corpus"], "method": METHOD, "families": laws}
     if len(families) == 2:
         fits["comparison"] = {"families": list(families), **compare_families(*families.values())}
+    figures = {f"{name}_scaling": draw_family(name, runs, laws[name]) for name, runs in families.items()}
+    curves = read_json(folder / "training_curves.json", {})
+    figures["combined_scaling"] = draw_combined(families, laws)
+    figures["training_curves"] = draw_curves(families, curves)
+    for law in laws.values():  # --plan makes the draws again from the points
+        for key in ("parametric", "parametric_effective"):
+            law.get(key, {}).pop("draws", None)
     write_json(folder / "fits.json", {**fits, "points": study["runs"]})
-    with (atomic_path(folder / "scaling_points.csv") as path,
-          open(path, "w", newline="", encoding="utf-8") as file):
+    with atomic_path(folder / "scaling_points.csv") as path, open(path, "w", newline="") as file:
         table = csv.DictWriter(file, list(study["runs"][0]))
         table.writeheader()
         table.writerows(study["runs"])
-    for name, runs in families.items():
-        save_figure(draw_family(name, runs, fits["families"][name]), folder / f"{name}_scaling.png")
-    save_figure(draw_combined(families, fits), folder / "combined_scaling.png")
-    curves = read_json(folder / "training_curves.json") or {}
-    save_figure(draw_curves(families, curves), folder / "training_curves.png")
-    for name, law in fits["families"].items():
+    for name, figure in figures.items():
+        with atomic_path(folder / f"{name}.png") as path:
+            figure.savefig(path, format="png", dpi=150)
+    for name, law in laws.items():
         say(f"  {name:12s} {law['verdict']}")
-    names = ("fits.json", "scaling_points.csv", "combined_scaling.png", "training_curves.png")
-    return [folder / name for name in (*names, *(f"{family}_scaling.png" for family in families))]
+    names = ("fits.json", "scaling_points.csv", *(f"{name}.png" for name in figures))
+    return [folder / name for name in names]
 
 
-# Okabe-Ito colours; markers and lines differ in grey, too
-COLOURS = {"gpt": ("#0072B2", "o", "-"), "lstm": ("#D55E00", "s", "--")}
-N_LABEL = "N, parameters without embedding, with head"
+def plan(cfg, budget):
+    """Prints the best N and D of each family for a time ("2h", "90m") or for training FLOPs ("1e18")."""
+    path = Path(cfg.SAVE_DIR, "fits.json")
+    fits = read_json(path)
+    need(fits, f"--plan needs {path}, which the stage fit writes: run the study first")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)([smhd]?)", budget.strip().lower())
+    need(match and float(match[1]) > 0, f"--plan takes 2h, 90m or FLOPs such as 1e18, not {budget!r}")
+    seconds = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(match[2])
+    head = "N, parameters", "D, characters", "epochs", "nats per character"
+    print("     {:>32s}{:>32s}{:>8s}{:>26s}".format(*head))
+    notes = ["In brackets: 95 % intervals."]
+    for family, law in fits["families"].items():
+        runs = [r for r in fits["points"] if r["family"] == family]
+        flops = float(match[1]) * (seconds * law["flops_per_s"] if seconds else 1)
+        status = f"{family}: L(N, D) is {law['parametric']['status']}: {law['parametric']['reason']}."
+        if law["parametric"]["status"] not in BELIEVED or not flops:
+            notes.append(f"{status} No plan can be made from these runs.")
+            continue
+        row = frontier_of(runs, fit_surface(runs, cfg.BOOTSTRAP), [flops])[0]
+        n, d, loss = (with_ends({"value": row[k], "lo": row[f"{k}_lo"], "hi": row[f"{k}_hi"]})
+                      for k in ("n", "d", "loss"))
+        print(f"{family:5s}{n:>32s}{d:>32s}{row['epochs']:8.3g}{loss:>26s}")
+        rate = f" at {law['flops_per_s']:.3g} FLOP/s, as measured" if seconds else ""
+        beyond = [row["n"] / max(r["n_fit"] for r in runs), row["d"] / max(r["tokens"] for r in runs)]
+        far = " Extrapolated: {:.3g} times the largest N, {:.3g} times the largest D trained.".format(*beyond)
+        notes.append(f"{status} {flops:.3g} FLOPs{rate}." + far * (max(beyond) > 1.05))
+    print("\n".join(notes))
+
+
+# Okabe-Ito colours; markers and line styles tell the families apart in grey, too
+STYLES = {"gpt": ("Transformer", "#0072B2", "o", "-"), "lstm": ("LSTM", "#D55E00", "s", "--")}
+N_LABEL, D_LABEL = "N: parameters with output layer, without embedding", "D: training characters"
 L_LABEL = "validation loss (nats per character)"
 
 
-def save_figure(figure, path):
-    with atomic_path(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
-
-
-def panel(axes, title, x, y, log="x"):
+def panel(axes, title, x, y, xscale="log", yscale="linear"):
     axes.set_title(title, loc="left", fontsize=10)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    if "x" in log:
-        axes.set_xscale("log")
-    if "y" in log:
-        axes.set_yscale("log")
+    axes.set(xlabel=x, ylabel=y, xscale=xscale, yscale=yscale)
     axes.grid(True, which="major", alpha=0.25)
 
 
-def draw_law(axes, N, L, name, law, reach=10):
-    """The runs, the law within its 95 % band, dotted beyond the largest size."""
-    colour, marker, line = COLOURS.get(name, ("#009E73", "^", "-."))
-    N, L = np.asarray(N, float), np.asarray(L, float)
-    axes.plot(N, L, marker, color=colour, label=f"{name.upper()}: {len(N)} runs", zorder=3)
-    if law["status"] == "refused":
-        return
-    at = np.geomspace(N.min() / 1.3, N.max() * reach, 41)
-    loss, lo, hi = predict_loss(N, L, at)
-    axes.fill_between(at, np.where(np.isnan(lo), 0, lo), np.where(np.isnan(hi), 9 * L.max(), hi),
-                      color=colour, alpha=0.15, lw=0)
-    axes.plot(at[at <= N.max()], loss[at <= N.max()], line, color=colour)
-    axes.plot(at[at >= N.max()], loss[at >= N.max()], ":", color=colour)
-    room = L.max() - L.min()
-    lowest = np.nanmin(lo[at < 3 * N.max()], initial=L.min())
-    axes.set_ylim(max(lowest - 0.1 * room, 0), L.max() + 0.15 * room)
+def draw_law(axes, N, L, family, law, reach):
+    """All runs, and the law within its 95 % band, dotted beyond the largest size; no curve for no finding."""
+    name, colour, marker, line = STYLES[family]
+    bottom, top = axes.get_ylim() if axes.lines else (np.inf, 0)
+    axes.plot(N, L, marker, color=colour, label=f"{name}, {len(N)} runs", zorder=3)
+    axes.set_ylim(max(min(L.min() - 0.4 * np.ptp(L), bottom), 0), max(L.max() + 0.2 * np.ptp(L), top))
+    if law["status"] in BELIEVED:
+        at, points = np.geomspace(N.min() / 1.3, N.max() * reach, 41), check_points(N, L)
+        loss, lo, hi = law_band(points, best_law(points), at)
+        lo, hi = np.nan_to_num(lo, nan=0), np.nan_to_num(hi, nan=99 * L.max())
+        axes.fill_between(at, lo, hi, color=colour, alpha=0.15, lw=0)
+        axes.plot(at[at <= N.max()], loss[at <= N.max()], line, color=colour, label=f"{name}, law, 95 % band")
+        axes.plot(at[at >= N.max()], loss[at >= N.max()], ":", color=colour)
 
 
-def draw_family(name, runs, fits):
-    """Four panels: the law and its held-out test, L - c, the ridge of (alpha, c), the residuals."""
-    N, L = (np.array(a, float) for a in power_family(runs))
-    law, colour, marker = fits["power_law"], *COLOURS.get(name, ("#009E73", "^"))[:2]
+def draw_family(family, runs, fits):
+    """The law with its held-out test, the reducible loss, the pair (alpha, c), the residuals."""
+    (N, L), law, (name, colour, marker, _) = main_table(runs), fits["power_law"], STYLES[family]
     refused = law["status"] == "refused"
-    figure = Figure(figsize=(6.5, 4.6) if refused else (11, 8.2), layout="constrained")
+    figure = Figure(figsize=(6.5, 5) if refused else (11, 8.6), layout="constrained")
     first, *others = [figure.subplots()] if refused else figure.subplots(2, 2).flat
-    figure.suptitle(f"{name.upper()}  {fits['verdict']}", fontsize=10, wrap=True)
-    panel(first, "a  loss against size, 95 % band, extrapolation dotted", N_LABEL, L_LABEL)
-    draw_law(first, N, L, name, law)
-    if refused:
-        return figure
-    second, third, fourth = others
-    held = law["holdout"]
-    if held["predicted"]:
-        last = N == N.max()
-        first.plot(N[last], L[last], marker, mfc="white", mec=colour, mew=1.6, ms=8, zorder=4,
-                   label="held out")
-        at = held["predicted"]
-        error = None if held["lo"] is None else [[at - held["lo"]], [held["hi"] - at]]
-        first.errorbar(held["n"] * 1.3, held["predicted"], error, fmt="D", ms=5, color="black", capsize=3,
-                       label=f"predicted from the smaller ones ({held['error']:+.1%})")
+    title = textwrap.fill(f"{name}: {fits['verdict']}", 70 if refused else 120)
+    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
+    panel(first, "a  Loss against size, extrapolated tenfold", N_LABEL, L_LABEL)
+    draw_law(first, N, L, family, law, 10)
+    if not refused:
+        points, held, last = check_points(N, L), law["holdout"], N == N.max()
+        first.plot(N[last], L[last], marker, mfc="white", mec=colour, mew=1.5, zorder=4, label="held out")
+        if held["predicted"]:
+            middle, lo, hi = held["predicted"], held["lo"] or 0, held["hi"] or 99 * L.max()
+            first.errorbar(1.25 * held["n"], middle, [[middle - lo], [hi - middle]], fmt="D", ms=5, capsize=3,
+                           color="black", label=f"predicted from the others, 95 % ({held['error']:+.1%})")
+        draw_excess(others[0], points, family, law["c"])
+        draw_ridge(others[1], points, colour, law)
+        panel(others[2], "d  Residuals; grey: one standard deviation", N_LABEL, "loss / law - 1 (%)")
+        residuals = points.y - log_law(best_law(points)[1], points.x)
+        others[2].axhspan(-100 * law["sigma_log"], 100 * law["sigma_log"], color="0.9")
+        others[2].plot(np.exp(points.x + points.origin), 100 * np.expm1(residuals), marker, color=colour)
+        others[2].axhline(0, color="0.4", lw=1)
     first.legend(fontsize=8)
-    draw_excess(second, N, L, colour, marker, law)
-    draw_ridge(third, N, L, colour, law)
-    panel(fourth, "d  residuals of the law; grey: one standard deviation", N_LABEL, "loss / law - 1 (%)")
-    fourth.axhspan(-100 * law["sigma_log"], 100 * law["sigma_log"], color="0.9")
-    fourth.axhline(0, color="0.4", lw=1)
-    fourth.plot(N, 100 * (L / predict_loss(N, L, N, level=None) - 1), marker, color=colour)
     return figure
 
 
-def draw_excess(axes, N, L, colour, marker, law):
-    """L - c in log-log, where a power law is a line, with the lines that the ends of c's interval induce."""
-    panel(axes, "b  reducible loss; band: 95 % interval of c", N_LABEL, "L - c (nats per character)", "xy")
-    table = loss_table(N, L)
-    _, q = best_law(table)
-    at = np.linspace(0, table.x.max() + 1, 61)
-    ends = [0 if law["c"]["lo"] is None else law["c"]["lo"], law["c"]["hi"] or law["c"]["value"]]
-    lines = []
-    for c in ends:
-        u = least_squares(table, lambda u, c=c: (*u, np.log(max(c, 1e-9))), q[:2], offset=False)[1]
-        lines.append(np.exp(u[1] - exponent(u[0]) * at))
-    sizes = np.exp(at + table.origin)
-    axes.fill_between(sizes, *lines, color=colour, alpha=0.15, lw=0)
-    axes.plot(sizes, np.exp(q[1] - exponent(q[0]) * at), color=colour)
-    excess, least = L - law["c"]["value"], 1e-3 * L.min()
-    bars = [np.clip(excess - (L - ends[1]), 0, excess - least), L - ends[0] - excess]
-    shown = excess > least
-    axes.errorbar(N[shown], excess[shown], [b[shown] for b in bars], fmt=marker, color=colour, capsize=2)
-    axes.set_ylim(max(excess[shown].min() / 4, least), (L - ends[0]).max() * 1.3)
+def draw_excess(axes, points, family, c):
+    """L - c in log-log, where the law is a line, for the best c and both ends of its interval."""
+    _, colour, marker, line = STYLES[family]
+    panel(axes, "b  Reducible loss; band and bars: 95 % interval of c", N_LABEL, "L - c (nats per character)",
+          yscale="log")
+    x, N, L = np.linspace(0, points.x.max() + 1, 61), np.exp(points.x + points.origin), np.exp(points.y)
+    value, lo, hi, least = c["value"], c["lo"] or 0, c["hi"] or c["value"], 1e-4 * L.min()
+    best_at = profile(points, best_law(points)[1], "c")
+    laws = [best_at(np.log(max(offset, 1e-5 * least)))[1] for offset in (lo, value, hi)]
+    low, middle, high = (np.exp(q[1] - alpha_of(q) * x) for q in laws)
+    axes.fill_between(np.exp(x + points.origin), low, high, color=colour, alpha=0.15, lw=0)
+    axes.plot(np.exp(x + points.origin), middle, line, color=colour)
+    excess, N, L = (a[L - value > 10 * least] for a in (L - value, N, L))
+    bars = np.minimum(hi - value, excess - least), np.full(len(N), value - lo)
+    axes.errorbar(N, excess, bars, fmt=marker, color=colour, capsize=2, lw=1)
+    axes.set_ylim(max((L - hi).min() / 2, excess.min() / 5), 1.3 * (L - lo).max())
 
 
-def draw_ridge(axes, N, L, colour, law):
-    """The joint region of (alpha, c): its shadows on the axes are the 95 % intervals."""
-    panel(axes, "c  the outer contour casts the 95 % intervals", "alpha", "c (nats per character)", "")
-    table = loss_table(N, L)
-    S, q = best_law(table)
-    value, lo, hi = (law["alpha"][k] for k in ("value", "lo", "hi"))
-    alphas = np.linspace((lo or 0.05 * value) * 0.8, (hi or 3 * value) * 1.1, 61)
-    low, high = law["c"]["lo"] or 0, law["c"]["hi"] or L.min()
-    offsets = np.linspace(max(low - 0.15 * (high - low), 1e-6), high + 0.15 * (high - low), 61)
-    def rise_at(a, c):
-        return least_squares(table, lambda u: (np.log(a), u[0], np.log(c)), q[1:2], offset=False)[0] - S
-    rise = np.array([[rise_at(a, c) for a in alphas] for c in offsets])
-    levels = [allowance(table, S, level) for level in (0.8, 0.95)]
-    if np.isfinite(levels[1]):
-        axes.contourf(alphas, offsets, rise, [0, *levels], colors=[colour], alpha=0.2)
-        axes.contour(alphas, offsets, rise, levels, colors=[colour], linestyles=["--", "-"])
-    axes.plot(value, law["c"]["value"], "+", color="black", ms=10)
+def draw_ridge(axes, points, colour, law):
+    """The region of (alpha, c) that the points allow; its shadows on the axes are the intervals of each."""
+    panel(axes, "c  Exponent and offset: 95 % (solid) and 80 % region", "alpha", "c (nats per character)",
+          "linear")
+    fit, value, top = best_law(points), law["alpha"]["value"], 2 * np.exp(points.y.min())
+    for level, line in ((0.95, "-"), (0.8, "--")):
+        lo, hi = profile_interval(points, fit, "alpha", level)
+        lo, hi, edges = lo or value / 9, hi or 3 * value, []
+        limit = fit[0] + allowance(points, fit[0], level)[0]
+        alphas = lo + (hi - lo) * (1 - np.cos(np.linspace(0.1, np.pi - 0.1, 41))) / 2  # dense at the ends
+        for log_alpha in np.log(alphas):
+            _, level_at, log_c = profile(points, fit[1], "alpha")(log_alpha)[1]
+
+            def rise(c, log_alpha=log_alpha, start=level_at, limit=limit):
+                return descend(points, [start], lambda t: (log_alpha, t[0], np.log(c)))[0] - limit
+            best = max(np.exp(log_c), 1e-5 * top)
+            edges.append(interval_ends(rise, best, 1e-3 * best, (1e-6 * top, top)))
+        if np.isfinite(limit):
+            lower, upper = np.nan_to_num(np.array(edges, float)).T
+            axes.fill_between(alphas, lower, upper, color=colour, alpha=0.15, lw=0)
+            axes.plot(alphas, lower, line, alphas, upper, line, color=colour)
+    axes.plot(value, law["c"]["value"], "+", color="black", ms=10, mew=1.5)
 
 
-def draw_combined(families, fits):
-    """Both families: loss against size and against FLOPs, and the map of L(N, D) with the frontier of
-    each."""
-    maps = [name for name in families if fits["families"][name]["parametric"]["status"] != "refused"]
-    figure = Figure(figsize=(11, 8.2 if maps else 4.4), layout="constrained")
-    axes = figure.subplots(1 + bool(maps), 2, squeeze=False)
-    panel(axes[0, 0], "a  loss against size", N_LABEL, L_LABEL)
-    panel(axes[0, 1], "b  loss against compute", "training FLOPs", L_LABEL)
-    for name, runs in families.items():
-        draw_law(axes[0, 0], *power_family(runs), name, fits["families"][name]["power_law"], 3)
-        by_cost = power_family(runs, cost="flops")
-        draw_law(axes[0, 1], *by_cost, name, fits["families"][name]["power_law_flops"], 3)
-    losses = [r["val_loss"] for runs in families.values() for r in runs if r["main"]]
-    room = max(losses) - min(losses)
-    for upper in axes[0]:
-        upper.set_ylim(max(min(losses) - 0.4 * room, 0), max(losses) + 0.15 * room)
+def draw_combined(families, laws):
+    """Loss against size and against compute for all families, and the map of L(N, D) of each."""
+    figure = Figure(figsize=(11, 8.6), layout="constrained")
+    axes = figure.subplots(2, 2)
+    panel(axes[0, 0], "a  Loss against size", N_LABEL, L_LABEL)
+    panel(axes[0, 1], "b  Loss against compute", "C: training FLOPs, attention included", L_LABEL)
+    for upper, column, key in ((axes[0, 0], "n_fit", "power_law"), (axes[0, 1], "flops", "power_law_flops")):
+        for family, runs in families.items():
+            draw_law(upper, *main_table(runs, column), family, laws[family][key], 3)
         upper.legend(fontsize=8)
-    for lower, name in zip(axes[1] if maps else (), maps, strict=False):
-        draw_map(lower, name, families[name], fits["families"][name])
-    for lower in axes[1][len(maps):] if maps else ():
-        lower.set_axis_off()
+    for lower, letter, (family, runs) in zip(axes[1], "cd", families.items(), strict=False):
+        draw_map(lower, letter, family, runs, laws[family]["parametric"])
     return figure
 
 
-def draw_map(axes, name, runs, fits):
+def draw_map(axes, letter, family, runs, law):
     """Lines of equal loss of L(N, D), the runs, and the compute-optimal frontier with its 95 % band."""
-    law, (colour, marker, _) = fits["parametric"], COLOURS.get(name, ("#009E73", "^", "-."))
-    letter = "c" if name == "gpt" else "d"
-    panel(axes, f"{letter}  {name.upper()}: lines of equal loss (nats / character) and the frontier",
-          N_LABEL, "D, training characters", "xy")
-    N, D = (np.array([r[k] for r in runs], float) for k in ("n_fit", "tokens"))
-    n, d = np.geomspace(N.min() / 2, N.max() * 3, 80), np.geomspace(D.min() / 2, D.max() * 8, 80)
-    A, B, E, alpha, beta = (law[k]["value"] for k in ("A", "B", "E", "alpha", "beta"))
-    lines = axes.contour(n, d, E + A * n**-alpha + (B * d**-beta)[:, None], 10, colors="0.5", linewidths=0.8)
-    axes.clabel(lines, fontsize=7)
-    axes.plot(N, D, marker, color=colour)
-    factor = fits["flops_per_parameter_token"]
-    rows = compute_frontier(law, np.geomspace(factor * n[0] * d[0], factor * n[-1] * d[-1], 41), factor)
-    n_, d_, lo, hi = (np.array([row[k] for row in rows]) for k in ("n", "d", "n_lo", "n_hi"))
-    axes.plot(n_, d_, "-", color="black", lw=1.5)
-    axes.fill_betweenx(d_, lo, hi, color="black", alpha=0.12, lw=0)
-    axes.set_xlim(n[0], n[-1])
-    axes.set_ylim(d[0], d[-1])
+    name, colour, marker, _ = STYLES[family]
+    panel(axes, f"{letter}  {name}: lines of equal loss (nats per character)", N_LABEL, D_LABEL, yscale="log")
+    N, D = np.array([[r["n_fit"], r["tokens"]] for r in runs], float).T
+    n, d = np.geomspace(N.min() / 2, N.max() * 4, 80), np.geomspace(D.min() / 4, D.max() * 8, 80)
+    axes.plot(N, D, marker, color=colour, ms=5, label="decayed ends of runs")
+    if law["status"] in BELIEVED:
+        p = [*(np.log(law[k]["value"]) for k in "ABE"), law["alpha"]["value"], law["beta"]["value"]]
+        loss = parametric_loss(p, n, d[:, None])
+        levels = np.geomspace(loss.min() * 1.01, loss.max(), 10)
+        axes.clabel(axes.contour(n, d, loss, levels, colors="0.55", linewidths=0.8), fontsize=7, fmt="%.3g")
+        rows = frontier_of(runs, law, np.geomspace(n[0] * d[0], 1e3 * n[-1] * d[-1], 61))
+        best, tokens, lo, hi = (np.array([row[k] for row in rows]) for k in ("n", "d", "n_lo", "n_hi"))
+        axes.plot(best, tokens, "-", color="black", lw=1.5, label="best N and D for their compute, 95 % band")
+        axes.fill_betweenx(tokens, lo, hi, color="black", alpha=0.12, lw=0)
+    else:
+        axes.plot([], [], " ", label=textwrap.fill(f"no map: {law['status']}, {law['reason']}", 60))
+    axes.set(xlim=(n[0], n[-1]), ylim=(d[0], d[-1]))
+    axes.legend(fontsize=8, loc="lower right", framealpha=0.95)
 
 
 def draw_curves(families, curves):
-    """Training (thin) and validation (marked) loss of every run, from light to dark with size."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    for axes, (name, runs) in zip(figure.subplots(1, max(len(families), 1), sharey=True, squeeze=False)[0],
-                                  families.items(), strict=True):
-        panel(axes, f"{name.upper()}: training loss (thin), validation loss (marked)", "training characters",
-              "loss (nats per character)")
+    """Training (thin) and validation (marked) loss of every full run, from light to dark with size."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    places = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
+    for axes, (family, runs) in zip(places, families.items(), strict=True):
+        name, _, marker, _ = STYLES[family]
+        panel(axes, f"{name}: training loss (thin), validation loss after decay (marks)", D_LABEL,
+              "loss (nats per character)", "linear")
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         shown = sorted((r for r in runs if r["main"] and r["run"] in curves), key=lambda r: r["n_fit"])
         for run, shade in zip(shown, colormaps["viridis"](np.linspace(0.85, 0, len(shown))), strict=True):
             curve = curves[run["run"]]
-            axes.plot(curve["tokens"], curve["train_loss"], color=shade, lw=0.6, alpha=0.6)
-            axes.plot(curve["val_tokens"], curve["val_loss"], COLOURS.get(name, "^^")[1], ls="-", color=shade,
-                      ms=4, label=run["run"])
-        if shown:
-            axes.legend(fontsize=8)
+            late = len(curve["tokens"]) // 20  # the fall at the very beginning would squeeze the rest
+            axes.plot(curve["tokens"][late:], curve["train_loss"][late:], color=shade, lw=0.5, alpha=0.4)
+            axes.plot(curve["val_tokens"], curve["val_loss"], marker, ls="-", color=shade, mec="white",
+                      zorder=3, label=run["run"])
+        axes.legend(fontsize=8)
     return figure
 
 
@@ -3968,6 +3837,7 @@ def parse_flags(argv):
     parser.add_argument("--to", dest="last", choices=names, metavar="STAGE", default=names[-1], help="stop after this")
     parser.add_argument("--only", choices=names, metavar="STAGE", help=f"one of {', '.join(names)}")
     parser.add_argument("--force", action="store_true", help="run the chosen stages even where they are up to date")
+    parser.add_argument("--plan", metavar="BUDGET", help="print the best N and D for 2h, 90m or 1e18 FLOPs, and stop")
     parser.add_argument("--status", action="store_true", help="say what is done and what is stale, and stop")
     knobs = parser.add_argument_group("knobs of class Cfg")
     for name, comment in knob_help().items():
@@ -4025,6 +3895,9 @@ def main(argv=None):
     try:
         cfg, flags = parse_flags(argv)
         cfg.check()
+        if flags.plan:
+            plan(cfg, flags.plan)
+            return 0
         cfg = cfg.pinned()
         if flags.status:
             for one in STAGES:
