@@ -163,6 +163,6 @@ def test_divergence_stops_the_run(tiny, monkeypatch):
     monkeypatch.setattr(study.Trainer, "backward", lambda self, chunk: torch.tensor(math.nan))
     monkeypatch.setattr(study.Trainer, "train_step", lambda self, share: self.backward(None))
     with tqdm(disable=True) as bar, pytest.raises(study.Diverged):
-        trainer = study.Trainer(study.planned_runs(cfg)[0], vocab, cfg)
+        trainer = study.Trainer(study.planned_runs(cfg)[0], vocab, cfg, np.zeros(3_000, np.uint8))
         trainer.step = 1
         study.train_leg(trainer, 5, 0, bar)
