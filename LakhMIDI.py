@@ -2531,8 +2531,6 @@ def from_rank_0(value=None):
 
 def sum_over_ranks(parameters, loss):
     """Adds up the gradients of all ranks in place, in one message; returns the sum of their losses."""
-    if not dist.is_initialized():
-        return loss
     gradients = [p.grad for p in parameters]
     message = torch.cat([loss.view(1), *(g.flatten() for g in gradients)])
     dist.all_reduce(message)
@@ -2547,6 +2545,15 @@ def follow(cfg):
         run = next(run for run in planned_runs(cfg) if run.name == name)
         with tqdm(disable=True) as bar:
             train_model(run, read_vocab(cfg), cfg, bar)
+    leave_ranks()
+
+
+def leave_ranks():
+    """Ends what join_ranks began; rank 0 lets the others go first."""
+    if dist.is_initialized():
+        if dist.get_rank() == 0:
+            from_rank_0(None)
+        dist.destroy_process_group()
 
 
 class Diverged(RuntimeError):
@@ -2569,6 +2576,7 @@ class Trainer:
             self.forward = torch.compile(self.model)
         self.optimizers = make_optimizers(self.model, cfg)
         self.scaler = torch.amp.GradScaler(cfg.device, enabled=amp_dtype(run.size.family, cfg) == torch.float16)
+        self.rank, self.ranks = rank_and_ranks()
         self.step = self.leg = 0
         self.curve = {"tokens": [], "train_loss": [], "lr": [], "tokens_per_s": []}
         self.rows = []  # one result for each branch that has ended
@@ -2584,14 +2592,14 @@ class Trainer:
         """Writes a checkpoint, but never one of weights that are no numbers over one that can still be used."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.diverged("a weight that is no number")
-        if rank_and_ranks()[0] == 0:
+        if self.rank == 0:
             with atomic_path(self.run.path(kind, self.cfg)) as partial:
                 torch.save(self.state(), partial)
 
     def restore(self, kind):
         """Goes back to a checkpoint of this very recipe; False where there is none."""
         path = self.run.path(kind, self.cfg)
-        state = from_rank_0(load_checkpoint(path) if rank_and_ranks()[0] == 0 and path.exists() else {})
+        state = from_rank_0(load_checkpoint(path) if self.rank == 0 and path.exists() else {})
         if state.get("recipe") != self.recipe:
             return False
         self.model.load_state_dict(state["model"])
@@ -2606,9 +2614,10 @@ class Trainer:
     def train_step(self, lr_share):
         """One optimiser step; returns the mean loss of its batch (a tensor), the same on all ranks."""
         starts = batch_starts(len(self.train_data), self.cfg.seq_len, self.cfg.batch, self.step, self.run.seed)
-        rank, ranks = rank_and_ranks()
-        chunk = windows(self.train_data, np.array_split(starts, ranks)[rank], self.cfg.seq_len + 1)
-        loss = sum_over_ranks(self.model.parameters(), self.gradients(chunk.to(self.cfg.device)))
+        starts = np.array_split(starts, self.ranks)[self.rank]
+        loss = self.gradients(windows(self.train_data, starts, self.cfg.seq_len + 1).to(self.cfg.device))
+        if self.ranks > 1:
+            loss = sum_over_ranks(self.model.parameters(), loss)
         for optimizer, peak in zip(self.optimizers, (self.cfg.LR, self.cfg.LR_ADAM), strict=True):
             self.scaler.unscale_(optimizer)  # before clipping, or the clip would act on scaled gradients
             for group in optimizer.param_groups:
@@ -2657,7 +2666,7 @@ class Trainer:
             self.curve[key].append(value)
         path = self.run.path("log", self.cfg)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if rank_and_ranks()[0] == 0:
+        if self.rank == 0:
             with open(path, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps({**point, "step": self.step, "branch": branch}) + "\n")
 
@@ -2687,7 +2696,7 @@ class Trainer:
                 "lr": self.cfg.LR, "val_loss": mean, "val_loss_se": error, "val_bpc": mean / math.log(2),
                 "val_chars": len(val_data) - 1, "tokens_per_s": rate, "flops_per_s": rate * flops,
                 "share_of_peak": rate * flops / peak if peak else None, "wall_s": self.seconds,
-                "peak_memory_bytes": memory, "processes": rank_and_ranks()[1],
+                "peak_memory_bytes": memory, "processes": self.ranks,
                 "precision": str(amp_dtype(size.family, self.cfg)).removeprefix("torch."),
                 "checkpoint": f"{self.run.name}.pt", "main": self.step == self.cfg.steps}
 
@@ -2722,7 +2731,7 @@ def train_model(run, vocab, cfg, bar, step_work=1.0):
     trainer = Trainer(run, vocab, cfg, np.memmap(cfg.tokens_root / "train.bin", vocab.dtype, "r"))
     trainer.restore("resume")
     bar.update(step_work * trainer.trained / cfg.batch_tokens)
-    stops, first = legs(cfg), rank_and_ranks()[0] == 0
+    stops, first = legs(cfg), trainer.rank == 0
     while trainer.leg < len(stops):
         stop, end = stops[trainer.leg]
         train_leg(trainer, stop, end, bar, step_work)
@@ -2826,6 +2835,7 @@ def seconds_per_step(run, vocab_size, cfg):
     cfg.BATCH_TOKENS = round(share * cfg.batch_tokens)  # of a model that is much too large for the machine: a part
     tokens = np.random.default_rng(0).integers(0, vocab_size, 3 * cfg.batch_tokens)
     trainer = Trainer(run, Vocab(tuple(range(vocab_size))), cfg, tokens)
+    trainer.rank, trainer.ranks = 0, 1  # the others are waiting for orders
     for _ in range(2):
         began = time.perf_counter()
         trainer.train_step(0.0).item()  # .item() waits for the GPU
@@ -4192,7 +4202,7 @@ def main(argv=None):
         banner(cfg)
         if not run_stages(cfg, flags.only or flags.first, flags.only or flags.last, flags.force):
             say("nothing to do: every stage is up to date (--force runs them again)")
-        from_rank_0(None)  # lets the other processes of a torchrun go
+        leave_ranks()
         say(f"report    {Path(cfg.SAVE_DIR, 'report.html')}")
     except UserError as mistake:
         print(f"LakhMIDI: {mistake}", file=sys.stderr)
