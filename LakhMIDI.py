@@ -2808,6 +2808,8 @@ def load_checkpoint(path):
     """A dict of tensors and plain values, on the CPU; nothing in the file is executed."""
     need(Path(path).is_file(), f"there is no checkpoint {path}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            need(archive.testzip() is None, "checksum")  # torch.load looks at no checksum
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a file that is cut off or none of its own
         raise UserError(f"{path} is not a whole checkpoint of this study ({type(error).__name__}); delete it and run "
