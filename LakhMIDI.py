@@ -2201,7 +2201,7 @@ def plot_lengths(chars, path):
 # 6 Models: a Transformer and an LSTM with one face, forward(tokens, state) -> (logits, state)
 # ============================================================================================================
 # state = None is training and scoring: the window starts from nothing and no state comes back.
-# state = model.empty_state(B, T) is sampling: tokens may come a few at a time and the state remembers all before them.
+# state = model.empty_state(B, T) is sampling: tokens may come a few at a time, it remembers those before.
 
 
 def rms_norm(x):
@@ -2210,7 +2210,7 @@ def rms_norm(x):
 
 
 def rotary(x, cos, sin):
-    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864) of x (B, heads, T, head width)."""
+    """Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864) for x (B, heads, T, width)."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos + right * sin, right * cos - left * sin], dim=-1)
 
@@ -2231,13 +2231,14 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, past=None, length=0):  # x (B, T, C)
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.qkv(rms_norm(x)).chunk(3, dim=-1))
+        q, k, v = self.qkv(rms_norm(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # normalised queries and keys keep the logits in range at high learning rates (https://arxiv.org/abs/2302.05442)
         q, k = rotary(rms_norm(q), cos, sin), rotary(rms_norm(k), cos, sin)
         if past is not None:
             past[0, :, :, length:length + T], past[1, :, :, length:length + T] = k, v
             k, v = past[:, :, :, :length + T]
-        mask = None if length == 0 or T == 1 else torch.ones(T, length + T, dtype=torch.bool, device=x.device).tril(length)
+        later = length > 0 and T > 1  # several characters after others: is_causal would shift the mask
+        mask = torch.ones(T, length + T, dtype=torch.bool, device=x.device).tril(length) if later else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=length == 0 and T > 1)
         x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.mlp(rms_norm(x))
@@ -2260,7 +2261,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def empty_state(self, batch, length):
-        """Room for the keys and values of `length` characters: [filled, (layers, 2, B, heads, length, head width)]."""
+        """Room for keys and values of `length` characters: [filled, (layers, 2, B, heads, length, width)]."""
         s = self.size
         return [0, self.head.weight.new_zeros(s.layers, 2, batch, s.heads, length, s.width // s.heads)]
 
@@ -2277,7 +2278,7 @@ class GPT(nn.Module):
         return 12 * self.size.layers * self.size.width**2 + self.head.weight.numel()
 
     def flops_per_token(self):
-        """Forward and backward: 6 per weight, and the attention over half of the window (PaLM, appendix B)."""
+        """Forward and backward: 6 per weight, and attention over half of the window (PaLM, appendix B)."""
         return 6 * self.matmul_params() + 6 * self.size.layers * self.seq_len * self.size.width
 
 
@@ -2315,14 +2316,16 @@ class LSTM(nn.Module):
 
 
 def build_model(size, vocab_size, cfg):
-    """A new model for `size` (a Size, or the name of one in cfg.ladder), initialised from torch's global generator."""
+    """A new model for `size`, a Size or the name of one in cfg.ladder, from torch's global generator."""
     if isinstance(size, str):
-        size = next((row for row in cfg.ladder if row.name == size), None) or need(False, f"no model {size} in the ladder")
+        rows = [row for row in cfg.ladder if row.name == size]
+        need(rows, f"no model {size} in the ladder")
+        size = rows[0]
     return {"gpt": GPT, "lstm": LSTM}[size.family](size, vocab_size, cfg.seq_len)
 
 
 def count_params(model):
-    """Parameters three ways: all, without the embedding (the N of the fits: head included), without embedding and head."""
+    """Parameters three ways: all, without the embedding (the N of the fits), without embedding and head."""
     total = sum(p.numel() for p in model.parameters())
     n_fit = total - model.embed.weight.numel()
     return {"n_params": total, "n_fit": n_fit, "n_non_embedding": n_fit - model.head.weight.numel()}
@@ -2336,9 +2339,9 @@ def count_params(model):
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps are orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-    torch.optim.Muon works in bfloat16, one matrix at a time: on a CPU without bfloat16 that is 35 times slower than this,
-    which takes all matrices of one shape together and works in `dtype`.
-    A parameter with an attribute `stacked` = n is n matrices stacked along its rows, each orthogonalised on its own.
+    torch.optim.Muon works in bfloat16, one matrix at a time: on a CPU without bfloat16 that is 35 times
+    slower than this, which takes all matrices of one shape together and works in `dtype`. A parameter with
+    an attribute `stacked` = n is n matrices stacked along its rows, each orthogonalised on its own.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.float32):
@@ -2358,13 +2361,14 @@ class Muon(torch.optim.Optimizer):
             for (rows, columns), members in by_shape.items():
                 updates = orthogonalise(torch.cat([parts for _, parts in members]).to(self.dtype))
                 scale = group["lr"] * max(1, rows / columns) ** 0.5
-                for (p, _), update in zip(members, updates.split([len(parts) for _, parts in members]), strict=True):
+                updates = updates.split([len(parts) for _, parts in members])
+                for (p, _), update in zip(members, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update.reshape(p.shape).to(p.dtype), alpha=-scale)
 
 
 def orthogonalise(matrices):
-    """The nearest semi-orthogonal matrices, roughly: five Newton-Schulz steps. (n, rows, columns) -> the same."""
+    """The nearest semi-orthogonal matrices, roughly, by five Newton-Schulz steps; (n, rows, columns)."""
     x = matrices.mT if matrices.size(1) > matrices.size(2) else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
@@ -2375,8 +2379,9 @@ def orthogonalise(matrices):
 
 def make_optimizers(model, cfg):
     """Muon for the matrices inside the network, AdamW for embedding, head and biases."""
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith(("embed", "head"))]
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    inner = [not name.startswith(("embed", "head")) and p.dim() == 2 for name, p in model.named_parameters()]
+    matrices = list(itertools.compress(model.parameters(), inner))
+    others = [p for p, is_inner in zip(model.parameters(), inner, strict=True) if not is_inner]
     dtype = torch.bfloat16 if has_bfloat16(cfg) else torch.float32
     return [Muon(matrices, lr=cfg.LR, weight_decay=cfg.WEIGHT_DECAY, dtype=dtype),
             torch.optim.AdamW(others, lr=cfg.LR_ADAM, betas=tuple(cfg.BETAS), weight_decay=0.0)]
@@ -2384,13 +2389,13 @@ def make_optimizers(model, cfg):
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_windows, seed, epoch):
-    """The order of the windows in one pass over the data, and the shift of their grid as a share of a window."""
+    """The order of the windows in one pass over the data, and the shift of their grid in windows."""
     rng = np.random.default_rng([seed, epoch])
     return rng.permutation(n_windows), rng.random()
 
 
 def batch_starts(n_tokens, seq_len, batch, step, seed):
-    """First characters of the windows of one step (counted from 0): a function of (seed, step) and nothing else.
+    """First characters of the windows of one step (from 0): a function of (seed, step) and nothing else.
 
     Every pass over the data visits each window once, on a grid shifted anew.
     """
@@ -2409,14 +2414,14 @@ def windows(tokens, starts, length):
 
 
 def has_bfloat16(cfg):
-    """Whether the device multiplies matrices in bfloat16; torch.cuda.is_bf16_supported() is also true of emulation."""
+    """Whether the device multiplies in bfloat16; torch.cuda.is_bf16_supported() is also true of emulation."""
     if cfg.device == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
 def amp_dtype(family, cfg):
-    """The type in which a family is trained. On CUDA, autocast runs cuDNN's LSTM in float16 whatever it is told."""
+    """The type in which a family is trained. Autocast runs cuDNN's LSTM in float16 whatever it is told."""
     if cfg.device == "cuda" and (family == "lstm" or not has_bfloat16(cfg)):
         return torch.float16
     return torch.bfloat16 if has_bfloat16(cfg) else torch.float32
@@ -2434,8 +2439,8 @@ EVAL_BATCH = 16_384  # characters per forward pass of an evaluation, whatever th
 def token_losses(model, tokens, cfg):
     """The loss in nats of every character but the first: (n,) -> (n - 1,) float32, in order.
 
-    Windows of seq_len characters side by side, each predicted from its own beginning on: GPT and LSTM see the same
-    context. float32 on a CPU, the type of the training on CUDA.
+    Windows of seq_len characters side by side, each predicted from its own beginning on: GPT and LSTM see the
+    same context. float32 on a CPU, the type of the training on CUDA.
     """
     T, n = model.seq_len, len(tokens) - 1
     device = next(model.parameters()).device
@@ -2447,14 +2452,15 @@ def token_losses(model, tokens, cfg):
         chunk = windows(padded, np.arange(i, min(i + batch * T, n), T), T + 1).to(device)
         with precision:
             logits = model(chunk[:, :-1])[0]
-        losses.append(F.cross_entropy(logits.float().flatten(0, 1), chunk[:, 1:].flatten(), reduction="none").cpu())
+        loss = F.cross_entropy(logits.float().flatten(0, 1), chunk[:, 1:].flatten(), reduction="none")
+        losses.append(loss.cpu())
     model.train()
     return torch.cat(losses).numpy()[:n]
 
 
 def mean_loss(losses, tokens):
-    """(mean loss per character, its standard error over tunes, which are the independent pieces of evidence)."""
-    tune = np.cumsum(tokens[:-1] == END)  # the losses are those of tokens[1:]: the end token still belongs to its tune
+    """(mean loss per character, its standard error over tunes, the independent pieces of evidence)."""
+    tune = np.cumsum(tokens[:-1] == END)  # losses are those of tokens[1:]: the end token belongs to its tune
     total, count = np.bincount(tune, losses), np.bincount(tune)
     mean = float(losses.mean(dtype=np.float64))
     spread = ((total - mean * count) ** 2).sum() * len(count) / max(1, len(count) - 1)
@@ -2468,15 +2474,14 @@ class Run(NamedTuple):
     name: str
 
     def path(self, kind, cfg):
-        """kind: "model" (the finished one), "record" (its results), "log"; "resume" and "trunk" while it trains."""
-        save = Path(cfg.SAVE_DIR)
-        return {"model": save / f"{self.name}.pt", "record": save / "runs" / f"{self.name}.json",
-                "log": save / "runs" / f"{self.name}.log.jsonl",
-                "resume": save / "resume" / f"{self.name}.pt", "trunk": save / "resume" / f"{self.name}.trunk.pt"}[kind]
+        """kind: "model" (the finished one), "record" (its results), "log"; in training "resume", "trunk"."""
+        files = {"model": "{}.pt", "record": "runs/{}.json", "log": "runs/{}.log.jsonl",
+                 "resume": "resume/{}.pt", "trunk": "resume/{}.trunk.pt"}
+        return Path(cfg.SAVE_DIR, files[kind].format(self.name))
 
 
 def planned_runs(cfg):
-    """Every (size, seed) of the study, from small to large, so that the largest can be predicted before it is trained."""
+    """Every (size, seed) of the study, small to large: the largest can be predicted before it is trained."""
     def weights(size):
         return size.layers * size.width**2 * (12 if size.family == "gpt" else 8)
     return [Run(size, cfg.SEED + i, size.name + (f"_seed{cfg.SEED + i}" if i else ""))
@@ -2486,8 +2491,8 @@ def planned_runs(cfg):
 def legs(cfg):
     """The stretches of a run: [(step at which it stops, end of the decay or 0 on the trunk)].
 
-    One trunk at constant rate, and from it a branch with a decay for each of cfg.BUDGETS, so that a run gives the losses
-    of several token budgets. Only the ends of branches are results.
+    One trunk at constant rate, and from it a branch with a decay for each of cfg.BUDGETS, for the losses of
+    several token budgets. Only the ends of branches are results.
     """
     ends = sorted({max(1, round(share * cfg.steps)) for share in cfg.BUDGETS})
     return [leg for end in ends for leg in ((end - decay_steps(end, cfg), 0), (end, end))]
@@ -2498,17 +2503,17 @@ def decay_steps(end, cfg):
 
 
 def lr_scale(step, end, cfg):
-    """The share of the peak rate in `step` (from 1): warm-up, stable, and if `end` a fall as 1 - sqrt to zero after it.
+    """The share of the peak rate in `step` (from 1): warm-up, stable, if `end` a fall as 1 - sqrt.
 
-    Hagele et al. 2024, https://arxiv.org/abs/2405.18392. The warm-up is that of the full budget, so that all branches
-    leave one and the same trunk.
+    Hagele et al. 2024, https://arxiv.org/abs/2405.18392. The warm-up is that of the full budget, so that all
+    branches leave one and the same trunk.
     """
     rising = min(1.0, step / max(1, round(cfg.WARMUP_FRAC * cfg.steps)))
     falling = (step - end + decay_steps(end, cfg)) / (decay_steps(end, cfg) + 1) if end else 0.0
     return rising * (1 - max(0.0, falling) ** 0.5)
 
 
-# --- several processes: torchrun starts them, each takes its share of every batch, rank 0 gives orders and writes
+# --- several processes of a torchrun: each takes its share of a batch, rank 0 gives orders and writes
 
 
 def join_ranks(cfg):
@@ -2516,8 +2521,8 @@ def join_ranks(cfg):
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=7))  # the others wait while rank 0 converts the corpus
+        backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))  # while rank 0 converts
     return rank_and_ranks()[0]
 
 
@@ -2544,7 +2549,7 @@ def sum_over_ranks(parameters, loss):
 
 
 def follow(cfg):
-    """What a rank other than 0 does: it trains its share of the runs that rank 0 names, until it names no more."""
+    """What a rank other than 0 does: its share of the runs that rank 0 names, until it names no more."""
     while (name := from_rank_0()) is not None:
         run = next(run for run in planned_runs(cfg) if run.name == name)
         with tqdm(disable=True) as bar:
@@ -2565,21 +2570,24 @@ class Diverged(RuntimeError):
 
 
 class Trainer:
-    """What a training run owns; `state()` is all of it: a run goes on from a checkpoint as if it had never stopped."""
+    """What a training run owns; `state()` is all of it: a run goes on as if it had never stopped."""
+
+    progress = ("leg", "rows", "trained", "seconds")  # what going back to the trunk leaves as it is
 
     def __init__(self, run, vocab, cfg, train_data):
         self.run, self.vocab, self.cfg, self.train_data = run, vocab, cfg, train_data
         need(len(train_data) > 2 * cfg.seq_len,
-             f"the corpus has {len(train_data):,} characters, too few for windows of {cfg.seq_len}; add MIDI files")
+             f"{len(train_data):,} characters are too few for windows of {cfg.seq_len}; add MIDI files")
         self.recipe = run_recipe(run, cfg)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             self.model = build_model(run.size, len(vocab.chars), cfg).to(cfg.device)
         self.forward = self.model
-        if cfg.device == "cuda" and cfg.COMPILE and run.size.family == "gpt":  # cuDNN's LSTM needs no compiler
+        if cfg.device == "cuda" and cfg.COMPILE and run.size.family == "gpt":  # cuDNN's LSTM needs none
             self.forward = torch.compile(self.model)
         self.optimizers = make_optimizers(self.model, cfg)
-        self.scaler = torch.amp.GradScaler(cfg.device, enabled=amp_dtype(run.size.family, cfg) == torch.float16)
+        half = amp_dtype(run.size.family, cfg) == torch.float16
+        self.scaler = torch.amp.GradScaler(cfg.device, enabled=half)
         self.rank, self.ranks = rank_and_ranks()
         self.step = self.leg = 0
         self.curve = {"tokens": [], "train_loss": [], "lr": [], "tokens_per_s": []}
@@ -2588,12 +2596,12 @@ class Trainer:
         self.micro = windows_per_pass(run.size, cfg)
 
     def state(self):
-        return {"recipe": self.recipe, "model": self.model.state_dict(), "scaler": self.scaler.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "step": self.step,
-                "curve": self.curve, "leg": self.leg, "rows": self.rows, "trained": self.trained, "seconds": self.seconds}
+        return {"model": self.model.state_dict(), "scaler": self.scaler.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                **{name: getattr(self, name) for name in ("recipe", "step", "curve", *self.progress)}}
 
     def save(self, kind):
-        """Writes a checkpoint, but never one of weights that are no numbers over one that can still be used."""
+        """Writes a checkpoint, but never one of weights that are no numbers over one that is of use."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.diverged("a weight that is no number")
         if self.rank == 0:
@@ -2610,29 +2618,29 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.curve = state["step"], state["curve"]
-        if kind == "resume":  # going back to the trunk keeps the results of the branch
-            self.leg, self.rows, self.trained, self.seconds = (state[k] for k in ("leg", "rows", "trained", "seconds"))
+        for name in ("step", "curve", *(self.progress if kind == "resume" else ())):
+            setattr(self, name, state[name])
         return True
 
     def train_step(self, lr_share):
         """One optimiser step; returns the mean loss of its batch (a tensor), the same on all ranks."""
-        starts = batch_starts(len(self.train_data), self.cfg.seq_len, self.cfg.batch, self.step, self.run.seed)
+        cfg = self.cfg
+        starts = batch_starts(len(self.train_data), cfg.seq_len, cfg.batch, self.step, self.run.seed)
         starts = np.array_split(starts, self.ranks)[self.rank]
-        loss = self.gradients(windows(self.train_data, starts, self.cfg.seq_len + 1).to(self.cfg.device))
+        loss = self.gradients(windows(self.train_data, starts, cfg.seq_len + 1).to(cfg.device))
         if self.ranks > 1:
             loss = sum_over_ranks(self.model.parameters(), loss)
-        for optimizer, peak in zip(self.optimizers, (self.cfg.LR, self.cfg.LR_ADAM), strict=True):
+        for optimizer, peak in zip(self.optimizers, (cfg.LR, cfg.LR_ADAM), strict=True):
             self.scaler.unscale_(optimizer)  # before clipping, or the clip would act on scaled gradients
             for group in optimizer.param_groups:
                 group["lr"] = peak * lr_share
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.CLIP_NORM)
-        if not self.scaler.is_enabled() or norm.isfinite():  # an overflow in float16 skips the step of both optimisers
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.CLIP_NORM)
+        if not self.scaler.is_enabled() or norm.isfinite():  # an overflow in float16 skips both optimisers
             for optimizer in self.optimizers:
                 optimizer.step()
         self.scaler.update()
         self.step += 1
-        self.trained += self.cfg.batch_tokens
+        self.trained += cfg.batch_tokens
         return loss
 
     def gradients(self, chunk):
@@ -2641,7 +2649,7 @@ class Trainer:
             try:
                 return self.backward(chunk)
             except torch.OutOfMemoryError:
-                need(self.micro > 1, "out of GPU memory with one window; lower SEQ_LEN or leave the model out of MODELS")
+                need(self.micro > 1, "out of memory with one window; lower SEQ_LEN or leave this model out")
                 self.micro //= 2
                 say(f"{self.run.name}: out of memory, going on with {self.micro} windows per forward pass")
             except Exception as error:  # torch.compile raises whatever its many parts do
@@ -2659,7 +2667,8 @@ class Trainer:
         for part in chunk.split(self.micro):
             with autocast(self.run.size.family, self.cfg):
                 logits = self.forward(part[:, :-1])[0]
-            loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()) * (len(part) / self.cfg.batch)
+            loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
+            loss = loss / self.cfg.batch_tokens
             self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -2684,8 +2693,9 @@ class Trainer:
             raise self.diverged(f"a loss of {loss:.3g}")
 
     def diverged(self, what):
-        return Diverged(f"{self.run.name} diverged: {what} in step {self.step}. Lower LR ({self.cfg.LR}) or LR_ADAM "
-                        f"({self.cfg.LR_ADAM}); the last good state is {self.run.path('resume', self.cfg)}")
+        cfg, run = self.cfg, self.run
+        return Diverged(f"{run.name} diverged: {what} in step {self.step}. Lower LR ({cfg.LR}) or LR_ADAM "
+                        f"({cfg.LR_ADAM}); the last good state is {run.path('resume', cfg)}")
 
     def result(self, val_data):
         """The row of scaling_results.json for the branch that has just ended."""
@@ -2706,23 +2716,23 @@ class Trainer:
 
 
 def windows_per_pass(size, cfg):
-    """How many windows go through a model at once: half the batch again and again until their activations fit."""
+    """How many windows go through a model at once: the batch, halved until the activations fit."""
     micro = cfg.batch
     if cfg.MICRO_TOKENS:
         return max(1, min(micro, cfg.MICRO_TOKENS // cfg.seq_len))
-    bytes_per_token = size.layers * size.width * (30 if size.family == "gpt" else 16)  # kept for the backward pass
+    bytes_per_token = size.layers * size.width * (30 if size.family == "gpt" else 16)  # kept for backward
     while micro > 1 and micro * cfg.seq_len * bytes_per_token > 6.5e9:
         micro //= 2
     return micro
 
 
 # Dense matrix products per second in the type of the training, by the makers' data sheets.
-PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-              "L4": 121e12, "T4": 65e12}
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+              "L40S": 362e12, "L4": 121e12, "T4": 65e12}
 
 
 def peak_flops(cfg):
-    """What the GPUs of this run could do per second at best; None where that is not known."""
+    """FLOP/s that the GPUs of this run could reach at best; None where that is not known."""
     name = torch.cuda.get_device_name() if cfg.device == "cuda" else ""
     peak = next((peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
     return peak and peak * rank_and_ranks()[1]
@@ -2745,7 +2755,7 @@ def train_model(run, vocab, cfg, bar, step_work=1.0):
         else:
             trainer.rows.append(trainer.result(read_tokens("val", vocab, cfg)) if first else None)
             if trainer.leg < len(stops):
-                need(trainer.restore("trunk"), f"{run.path('trunk', cfg)} is lost; delete {run.path('resume', cfg)} too")
+                need(trainer.restore("trunk"), f"{run.path('trunk', cfg)} is lost; delete the files by it")
         trainer.save("resume")
     if first:
         write_model(trainer)
@@ -2754,10 +2764,12 @@ def train_model(run, vocab, cfg, bar, step_work=1.0):
 def write_model(trainer):
     """The finished model and its record; what only an interrupted training needs goes."""
     run, cfg = trainer.run, trainer.cfg
+    content = {"format": CHECKPOINT_FORMAT, "model": trainer.model.state_dict(), "size": list(run.size),
+               "seq_len": cfg.seq_len, "vocab": list(trainer.vocab.chars), "result": trainer.rows[-1]}
     with atomic_path(run.path("model", cfg)) as partial:
-        torch.save({"format": CHECKPOINT_FORMAT, "model": trainer.model.state_dict(), "size": list(run.size),
-                    "seq_len": cfg.seq_len, "vocab": list(trainer.vocab.chars), "result": trainer.rows[-1]}, partial)
-    write_json(run.path("record", cfg), {"recipe": trainer.recipe, "rows": trainer.rows, "curve": trainer.curve})
+        torch.save(content, partial)
+    record = {"recipe": trainer.recipe, "rows": trainer.rows, "curve": trainer.curve}
+    write_json(run.path("record", cfg), record)
     for kind in ("resume", "trunk"):
         run.path(kind, cfg).unlink(missing_ok=True)
 
@@ -2777,18 +2789,21 @@ def train_leg(trainer, stop, end, bar, step_work=1.0):
         trainer.check(loss)
         rate = (trainer.step - first_step) * cfg.batch_tokens / max(now - began, 1e-9)
         trainer.seconds, began, first_step = trainer.seconds + now - began, now, trainer.step
-        trainer.log({"tokens": trainer.step * cfg.batch_tokens, "train_loss": loss, "lr": cfg.LR * share,
-                     "tokens_per_s": rate}, end)
-        memory = f" {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if cfg.device == "cuda" else ""
-        bar.set_postfix_str(f"{run.name} loss {loss:.3f} lr {cfg.LR * share:.4f} {rate:,.0f} char/s{memory}", refresh=False)
+        lr, memory = cfg.LR * share, ""
+        if cfg.device == "cuda":
+            memory = f" {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+        tokens = trainer.step * cfg.batch_tokens
+        trainer.log({"tokens": tokens, "train_loss": loss, "lr": lr, "tokens_per_s": rate}, end)
+        bar.set_postfix_str(f"{run.name} loss {loss:.3f} lr {lr:.4f} {rate:,.0f} char/s{memory}", False)
         if now - saved > cfg.SAVE_EVERY_S:
             trainer.save("resume")
             saved = now
 
 
 CHECKPOINT_FORMAT = "LakhMIDI model 1"
-SHARED_KNOBS = ("train_tokens batch_tokens seq_len BUDGETS LR LR_ADAM BETAS WEIGHT_DECAY CLIP_NORM WARMUP_FRAC DECAY_FRAC "
-                "EVAL_TOKENS device")  # what a run depends on besides its row of the ladder, its seed and the data
+# What a run depends on besides its row of the ladder, its seed and the data.
+SHARED_KNOBS = ("train_tokens batch_tokens seq_len BUDGETS LR LR_ADAM BETAS WEIGHT_DECAY CLIP_NORM "
+                "WARMUP_FRAC DECAY_FRAC EVAL_TOKENS device")
 
 
 def run_recipe(run, cfg):
@@ -2812,8 +2827,8 @@ def load_checkpoint(path):
             need(archive.testzip() is None, "checksum")  # torch.load looks at no checksum
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a file that is cut off or none of its own
-        raise UserError(f"{path} is not a whole checkpoint of this study ({type(error).__name__}); delete it and run "
-                        "again") from error
+        raise UserError(f"{path} is not a whole checkpoint of this study ({type(error).__name__}); delete it "
+                        "and run again") from error
 
 
 def load(path, device="cpu"):
@@ -2838,7 +2853,7 @@ def seconds_per_step(run, vocab_size, cfg):
     cfg.COMPILE = False  # compiling would take longer than all that is to be measured
     window_flops = build_model(run.size, vocab_size, cfg).flops_per_token() * cfg.seq_len
     share = max(1, min(cfg.batch, int((1e14 if cfg.device == "cuda" else 5e10) / window_flops))) / cfg.batch
-    cfg.BATCH_TOKENS = round(share * cfg.batch_tokens)  # of a model that is much too large for the machine: a part
+    cfg.BATCH_TOKENS = round(share * cfg.batch_tokens)  # a part, where a batch would take far too long
     tokens = np.random.default_rng(0).integers(0, vocab_size, 3 * cfg.batch_tokens)
     trainer = Trainer(run, Vocab(tuple(range(vocab_size))), cfg, tokens)
     trainer.rank, trainer.ranks = 0, 1  # the others are waiting for orders
@@ -2852,27 +2867,31 @@ def seconds_per_step(run, vocab_size, cfg):
 def train(cfg):
     """Trains every model of the study on the same characters in the same order, from small to large."""
     vocab, runs = read_vocab(cfg), planned_runs(cfg)
-    need(len(read_tokens("val", vocab, cfg)) > 1, "the corpus has no validation tune; add MIDI files or raise VAL_FRAC")
+    need(len(read_tokens("val", vocab, cfg)) > 1, "no validation tune; add MIDI files or raise VAL_FRAC")
     todo = {run: seconds_per_step(run, len(vocab.chars), cfg) for run in runs if not finished(run, cfg)}
+    work = sum(todo.values()) * steps_with_branches(cfg)
     bar_format = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
-    with progress(total=sum(todo.values()) * steps_with_branches(cfg), desc="train", bar_format=bar_format) as bar:
+    with progress(total=work, desc="train", bar_format=bar_format) as bar:
         for run, step_work in todo.items():
             state_prediction_first(run, runs, cfg)
             from_rank_0(run.name)
             train_model(run, vocab, cfg, bar, step_work)
-            row = read_json(run.path("record", cfg))["rows"][-1]
-            say(f"  {run.name:12s} {row['n_fit']:>11,} parameters  validation loss {row['val_loss']:.4f} nats = "
-                f"{row['val_bpc']:.4f} bits per character  {row['tokens_per_s']:>9,.0f} char/s {row['wall_s']:6.0f} s")
+            row = finished(run, cfg)["rows"][-1]
+            say(f"  {run.name:12s} {row['n_fit']:>11,} parameters  val loss {row['val_loss']:.4f} nats, "
+                f"{row['val_bpc']:.4f} bits per character {row['tokens_per_s']:>9,.0f} char/s "
+                f"{row['wall_s']:6.0f} s")
             write_results(runs, cfg)
     write_results(runs, cfg)
     save = Path(cfg.SAVE_DIR)
-    return [save / "scaling_results.json", save / "training_curves.json", *(run.path("model", cfg) for run in runs)]
+    return [save / "scaling_results.json", save / "training_curves.json",
+            *(run.path("model", cfg) for run in runs)]
 
 
 def finished(run, cfg):
     """The record of a run that was trained to its end by the recipe of today, else None."""
     record = read_json(run.path("record", cfg), {})
-    return record if record.get("recipe") == run_recipe(run, cfg) and run.path("model", cfg).exists() else None
+    done = record.get("recipe") == run_recipe(run, cfg) and run.path("model", cfg).exists()
+    return record if done else None
 
 
 def state_prediction_first(run, runs, cfg):
@@ -2884,11 +2903,11 @@ def state_prediction_first(run, runs, cfg):
     rows = [record["rows"][-1] for r in family if r.size != largest and (record := finished(r, cfg))]
     points = {"N": [row["n_fit"] for row in rows], "L": [row["val_loss"] for row in rows]}
     n = count_params(build_model(largest, len(read_vocab(cfg).chars), cfg))["n_fit"]
-    stated = {**state_prediction(points, n, runs=cfg.SEEDS), "model": largest.name, "recipe": run_recipe(run, cfg),
-              "stated_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    stated = {**state_prediction(points, n, runs=cfg.SEEDS), "model": largest.name,
+              "recipe": run_recipe(run, cfg), "stated_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_json(path, {**read_json(path, {}), run.size.family: stated})
     if stated["predicted"]:
-        say(f"  {largest.name:12s} is predicted to reach {stated['predicted']:.4f} nats, from the smaller ones")
+        say(f"  {largest.name:12s} is predicted to reach {stated['predicted']:.4f} nats, by the smaller ones")
 
 
 def steps_with_branches(cfg):
