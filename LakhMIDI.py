@@ -2358,13 +2358,13 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
                 parts = update.view(getattr(p, "stacked", 1), -1, p.size(1))
                 by_shape.setdefault(parts.shape[1:], []).append((p, parts))
-            for (rows, columns), members in by_shape.items():
+            for members in by_shape.values():
                 updates = orthogonalise(torch.cat([parts for _, parts in members]).to(self.dtype))
-                scale = group["lr"] * max(1, rows / columns) ** 0.5
                 updates = updates.split([len(parts) for _, parts in members])
                 for (p, _), update in zip(members, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.reshape(p.shape).to(p.dtype), alpha=-scale)
+                    scale = max(1, p.size(0) / p.size(1)) ** 0.5
+                    p.add_(update.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * scale)
 
 
 def orthogonalise(matrices):

@@ -1,11 +1,11 @@
-"""The training recipe: learning rates, nanoGPT's recipe as a rival, ablations, speed; on whatever device there is.
+"""The training recipe: learning rates, nanoGPT's recipe as a rival, ablations, speed; on any device.
 
     python benchmarks/bench_train.py DATA_ROOT                            sweep, rival, speed
     python benchmarks/bench_train.py DATA_ROOT --parts ablate --seeds 3   what each part of the recipe buys
 
-DATA_ROOT holds tokens/ as `python LakhMIDI.py --to tokenize --DATA_ROOT DATA_ROOT` writes them. Prints tables and
-appends a line for each training to benchmarks/results.jsonl. Seconds are those of the process on a CPU (what others do
-there does not count), of the wall clock on CUDA.
+DATA_ROOT holds tokens/ as `python LakhMIDI.py --to tokenize --DATA_ROOT DATA_ROOT` writes them. Prints tables
+and appends a line for each training to benchmarks/results.jsonl. Seconds are those of the process on a CPU,
+where other programs would disturb the clock on the wall, and of that clock on CUDA.
 """
 import argparse
 import contextlib
@@ -31,11 +31,12 @@ from tqdm import tqdm
 import LakhMIDI as study
 from LakhMIDI import Cfg
 
+make_optimizers = study.make_optimizers
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 
 class Rival(nn.Module):
-    """nanoGPT's model: learned positions, LayerNorm, GELU, tied head, no biases (https://github.com/karpathy/nanoGPT)."""
+    """nanoGPT's model: learned positions, LayerNorm, GELU, tied head (https://github.com/karpathy/nanoGPT)."""
 
     def __init__(self, size, vocab_size, seq_len):
         super().__init__()
@@ -45,8 +46,9 @@ class Rival(nn.Module):
         self.norm = nn.LayerNorm(size.width, bias=False)
         self.head = nn.Linear(size.width, vocab_size, bias=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # the outputs of a block start smaller, the more of them are added up
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * size.layers) if name.endswith("out.weight") else 0.02)
+            if p.dim() == 2:
+                added_up = 2 * size.layers if name.endswith("out.weight") else 1  # so many outputs
+                nn.init.normal_(p, std=0.02 / math.sqrt(added_up))
         self.head.weight = self.embed.weight
 
     def forward(self, tokens, state=None):  # (B, T) -> (B, T, V)
@@ -56,8 +58,8 @@ class Rival(nn.Module):
         return self.head(self.norm(x)), None
 
     def flops_per_token(self):
-        s = self.size
-        return 6 * (12 * s.layers * s.width**2 + self.head.weight.numel()) + 6 * s.layers * self.seq_len * s.width
+        s, T = self.size, self.seq_len
+        return 6 * (12 * s.layers * s.width**2 + self.head.weight.numel()) + 6 * s.layers * T * s.width
 
 
 class RivalBlock(nn.Module):
@@ -65,12 +67,14 @@ class RivalBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-        self.qkv, self.attention_out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.up, self.mlp_out = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.mlp_out = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x):  # (B, T, C)
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.qkv(self.norm1(x)).chunk(3, dim=-1))
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attention_out(y.transpose(1, 2).reshape(B, T, C))
         return x + self.mlp_out(F.gelu(self.up(self.norm2(x))))
@@ -114,8 +118,8 @@ def changed_model(change):
 
 
 def adamw_for_all(model, cfg):
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith(("embed", "head"))]
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    muon, adam = make_optimizers(model, cfg)
+    matrices, others = (optimizer.param_groups[0]["params"] for optimizer in (muon, adam))
     return [torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.1),
             torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)]
 
@@ -193,47 +197,55 @@ def clock():
     return time.monotonic() if torch.cuda.is_available() else time.process_time()
 
 
+def new_trainer(cfg, run=None):
+    """A trainer of the study for `run`, or for the first model of its ladder."""
+    vocab = study.read_vocab(cfg)
+    data = np.memmap(cfg.tokens_root / "train.bin", vocab.dtype, "r")
+    with patch.object(study, "run_recipe", lambda run, cfg: "benchmark"):
+        return study.Trainer(run or study.planned_runs(cfg)[0], vocab, cfg, data)
+
+
 def train_once(args, part, label, model, seed=1, **knobs):
     """One training with one decay at its end, by the loop of the study; returns its row."""
     with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
         cfg = Cfg(**{"DATA_ROOT": args.data_root, "SAVE_DIR": folder, "SEED": seed, "BUDGETS": (1.0,),
                      "SAVE_EVERY_S": 1e9, "TRAIN_TOKENS_TARGET": args.tokens, "MODELS": (model,), **knobs})
-        vocab, run = study.read_vocab(cfg), study.planned_runs(cfg)[0]
-        data = np.memmap(cfg.tokens_root / "train.bin", vocab.dtype, "r")
-        with patch.object(study, "run_recipe", lambda run, cfg: "benchmark"):
-            trainer = study.Trainer(run, vocab, cfg, data)
-            began = clock()
-            try:
-                study.train_leg(trainer, cfg.steps, cfg.steps, bar)
-                seconds = clock() - began
-                loss = trainer.result(study.read_tokens("val", vocab, cfg))["val_loss"]
-            except study.Diverged:
-                seconds, loss = clock() - began, None
-        row = {"bench": "train", "part": part, "label": label, "model": model, "seed": seed, "tokens": cfg.train_tokens,
-               "knobs": knobs, "val_loss": loss, "seconds": round(seconds, 1), "device": study.device_name(cfg)}
-    with open(RESULTS, "a", encoding="utf-8") as out:
-        out.write(json.dumps(row) + "\n")
+        trainer = new_trainer(cfg)
+        began, seconds, loss = clock(), math.inf, math.inf
+        with contextlib.suppress(study.Diverged):
+            study.train_leg(trainer, cfg.steps, cfg.steps, bar)
+            seconds = clock() - began
+            loss = trainer.result(study.read_tokens("val", trainer.vocab, cfg))["val_loss"]
+        row = {"part": part, "label": label, "model": model, "seed": seed,
+               "tokens": cfg.train_tokens, "knobs": knobs, "val_loss": loss, "seconds": round(seconds, 2),
+               "device": study.device_name(cfg)}
+    record(row)
     return row
+
+
+def record(row):
+    with open(RESULTS, "a", encoding="utf-8") as out:
+        out.write(json.dumps({"bench": "train", **row}) + "\n")
 
 
 def sweep(args):
     """Half and twice each learning rate: neither may be more than .3 % better."""
-    print(f"\nLearning rates: change of the loss in % against the default, {args.seeds} seed(s)\n"
-          f"{'model':10s} {'loss':>7s}   LR x {'   x '.join(map(str, args.factors))}   LR_ADAM x "
-          f"{'   x '.join(map(str, args.factors))}")
+    points = list(itertools.product(args.knobs, args.factors))
+    print(f"\nChange of the loss in % at a share of a learning rate, {args.seeds} seed(s)\n"
+          f"{'model':10s} {'loss':>7s}", *(f"{knob} x {factor:g}".rjust(13) for knob, factor in points))
     for model in args.models:
         base = [train_once(args, "sweep", "default", model, seed) for seed in args.seed_list]
-        cells = []
-        for knob, factor in itertools.product(("LR", "LR_ADAM"), args.factors):
-            rows = [train_once(args, "sweep", f"{knob} x {factor}", model, seed, **{knob: getattr(Cfg, knob) * factor})
+        print(f"{model:10s} {mean_loss(base):7.4f}", end="", flush=True)
+        for knob, factor in points:
+            knobs = {knob: getattr(Cfg, knob) * factor}
+            rows = [train_once(args, "sweep", f"{knob} x {factor:g}", model, seed, **knobs)
                     for seed in args.seed_list]
-            cells.append(mean_change(rows, base))
-        print(f"{model:10s} {mean_loss(base):7.4f}  " + "  ".join(f"{cell:>6s}" for cell in cells), flush=True)
+            print(f"{mean_change(rows, base):>14s}", end="", flush=True)
+        print()
 
 
 def mean_loss(rows):
-    losses = [row["val_loss"] for row in rows]
-    return math.inf if None in losses else statistics.mean(losses)
+    return statistics.mean(row["val_loss"] for row in rows)
 
 
 def mean_change(rows, base):
@@ -242,20 +254,20 @@ def mean_change(rows, base):
 
 
 def compare(args):
-    """The rival, tuned in learning rate, and the study at shares of its tokens: the first share that reaches its loss."""
+    """The rival, tuned in learning rate; the share of its tokens and time in which the study has its loss."""
     model = [m for m in args.models if m.startswith("gpt")][-1]
     ways = {lr: rival(lr) for lr in args.rival_lrs}
     rows = {}
     for lr, (patched, knobs) in ways.items():
         with patched:
-            rows[lr] = train_once(args, "rival", f"nanoGPT, LR {lr}", model, **knobs)
-            print(f"nanoGPT's recipe, {model}, LR {lr}: loss {rows[lr]['val_loss']}, {rows[lr]['seconds']} s", flush=True)
-    best = min(rows.values(), key=lambda row: row["val_loss"] or math.inf)
+            row = rows[lr] = train_once(args, "rival", f"nanoGPT, LR {lr}", model, **knobs)
+        print(f"nanoGPT, {model}, LR {lr}: loss {row['val_loss']:.4f}, {row['seconds']} s", flush=True)
+    best = min(rows.values(), key=lambda row: row["val_loss"])
     for share in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1):
         tokens = int(share * best["tokens"])
         ours = train_once(args, "rival", f"ours, {share} of the tokens", model, TRAIN_TOKENS_TARGET=tokens)
-        print(f"ours at {share:4} of the tokens: loss {ours['val_loss']:.4f} in {ours['seconds'] / best['seconds']:.3f} "
-              f"of the rival's time (rival {best['val_loss']:.4f})", flush=True)
+        print(f"ours at {share:4} of the tokens: loss {ours['val_loss']:.4f} (nanoGPT {best['val_loss']:.4f}) "
+              f"in {ours['seconds'] / best['seconds']:.3f} of its time", flush=True)
         if ours["val_loss"] <= best["val_loss"]:
             break
     print("tokens per second, ours / rival, medians of steps taken in turn:")
@@ -264,23 +276,17 @@ def compare(args):
 
 
 def step_ratio(args, model, rounds=8):
-    """Time of a step of the rival over that of the study, taken in turn so that both meet the same machine."""
-    cfg = Cfg(DATA_ROOT=args.data_root, MODELS=(model,))
-    vocab, run = study.read_vocab(cfg), study.planned_runs(cfg)[0]
-    data = np.memmap(cfg.tokens_root / "train.bin", vocab.dtype, "r")
-    patched, knobs = rival(1e-3)
-    ways, times = [(nothing(), {}), (patched, knobs)], ([], [])
-    with patch.object(study, "run_recipe", lambda run, cfg: "benchmark"):
-        trainers = []
-        for way, knobs in ways:
+    """Time of a step of the rival over that of the study, taken in turn: both meet the same machine."""
+    ways, trainers, times = [(nothing(), {}), rival(1e-3)], [], ([], [])
+    for way, knobs in ways:
+        with way:
+            trainers.append(new_trainer(Cfg(DATA_ROOT=args.data_root, MODELS=(model,), **knobs)))
+    for i in range(rounds + 2):
+        for (way, _), trainer, seconds in zip(ways, trainers, times, strict=True):
             with way:
-                trainers.append(study.Trainer(run, vocab, Cfg(DATA_ROOT=args.data_root, MODELS=(model,), **knobs), data))
-        for i in range(rounds + 2):
-            for (way, _), trainer, seconds in zip(ways, trainers, times, strict=True):
-                with way:
-                    began = clock()
-                    trainer.train_step(0.1).item()
-                    seconds += [clock() - began] * (i >= 2)
+                began = clock()
+                trainer.train_step(0.1).item()
+                seconds += [clock() - began] * (i >= 2)
     return statistics.median(times[1]) / statistics.median(times[0])
 
 
@@ -295,23 +301,22 @@ def ablate(args):
             with how():
                 rows = [train_once(args, "ablate", label, model, seed, **knobs) for seed in args.seed_list]
             base = base or rows
-            spread = 100 * statistics.stdev([row["val_loss"] or math.inf for row in rows]) / mean_loss(rows) \
-                if len(rows) > 1 else 0
-            print(f"  {label:26s} {mean_loss(rows):.4f} {mean_change(rows, base):>7s}  {spread:.2f}", flush=True)
+            losses = [row["val_loss"] for row in rows]
+            spread = 100 * statistics.stdev(losses) / mean_loss(rows) if len(rows) > 1 else math.nan
+            change = mean_change(rows, base)
+            print(f"  {label:26s} {mean_loss(rows):.4f} {change:>7s} {spread:.2f}", flush=True)
 
 
 def speed(args):
     """Tokens per second, FLOP/s, share of peak and memory of every model of the study's ladder."""
-    cfg = Cfg(DATA_ROOT=args.data_root)
-    vocab, total = study.read_vocab(cfg), 0.0
-    data = np.memmap(cfg.tokens_root / "train.bin", vocab.dtype, "r")
+    cfg, total = Cfg(DATA_ROOT=args.data_root), 0.0
     print(f"\n{study.device_name(cfg)}, {cfg.batch_tokens:,} characters per step\n"
-          f"{'model':10s} {'char/s':>10s} {'TFLOP/s':>8s} {'of peak':>8s} {'GB':>5s} {'first step':>10s} {'whole run':>9s}")
+          f"{'model':10s} {'char/s':>10s} {'TFLOP/s':>8s} {'of peak':>8s} {'GB':>5s} {'first step':>10s} "
+          f"{'whole run':>9s}")
     for run in study.planned_runs(cfg):
         if cfg.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with patch.object(study, "run_recipe", lambda run, cfg: "benchmark"):
-            trainer = study.Trainer(run, vocab, cfg, data)
+        trainer = new_trainer(cfg, run)
         began = time.monotonic()
         trainer.train_step(0.1).item()
         first = time.monotonic() - began  # with compiling
@@ -326,12 +331,11 @@ def speed(args):
         total += whole
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if cfg.device == "cuda" else "-"
         share = f"{flops / peak:.1%}" if peak else "-"
-        print(f"{run.name:10s} {rate:10,.0f} {flops / 1e12:8.3f} {share:>8s} {memory:>5s} {first:8.1f} s {whole:7.0f} s",
-              flush=True)
-        with open(RESULTS, "a", encoding="utf-8") as out:
-            out.write(json.dumps({"bench": "train", "part": "speed", "model": run.name, "tokens_per_s": rate,
-                                  "flops_per_s": flops, "share_of_peak": peak and flops / peak, "peak_memory_gb": memory,
-                                  "first_step_s": first, "run_s": whole, "device": study.device_name(cfg)}) + "\n")
+        print(f"{run.name:10s} {rate:10,.0f} {flops / 1e12:8.3f} {share:>8s} {memory:>5s} {first:8.1f} s "
+              f"{whole:7.0f} s", flush=True)
+        record({"part": "speed", "model": run.name, "tokens_per_s": rate, "flops_per_s": flops,
+                "share_of_peak": peak and flops / peak, "peak_memory_gb": memory, "first_step_s": first,
+                "run_s": whole, "device": study.device_name(cfg)})
     print(f"all models with all branches: {total / 60:.1f} minutes")
 
 
@@ -340,16 +344,18 @@ def main():
     parser.add_argument("data_root")
     parser.add_argument("--parts", default="sweep,rival,speed", help="of sweep, rival, speed, ablate")
     parser.add_argument("--models", help="names from the ladder; default: two of each family, far apart")
-    parser.add_argument("--tokens", type=int, default=0, help="per training; 0 = the study's on a CPU, 20 M on CUDA")
+    parser.add_argument("--tokens", type=int, default=0, help="per training; 0 = the study's, on CUDA 20 M")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--factors", default="0.5,2")
+    parser.add_argument("--knobs", default="LR,LR_ADAM", help="learning rates to sweep")
+    parser.add_argument("--factors", default="0.5,2", help="of the learning rates")
     parser.add_argument("--only", help="ablations whose name holds this text")
     parser.add_argument("--rival_lrs", default="0.001,0.002,0.004,0.008")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     args.tokens = args.tokens or (20_000_000 if cuda else 0)
-    args.models = (args.models or ("gpt_1M,gpt_20M,lstm_1M,lstm_20M" if cuda else "gpt_80K,gpt_1M,lstm_80K,lstm_1M")).split(",")
-    args.factors, args.rival_lrs = ([float(x) for x in text.split(",")] for text in (args.factors, args.rival_lrs))
+    far_apart = "gpt_1M,gpt_20M,lstm_1M,lstm_20M" if cuda else "gpt_80K,gpt_1M,lstm_80K,lstm_1M"
+    args.models, args.knobs = (args.models or far_apart).split(","), args.knobs.split(",")
+    args.factors, args.rival_lrs = (list(map(float, x.split(","))) for x in (args.factors, args.rival_lrs))
     args.seed_list = range(1, args.seeds + 1)
     if not cuda:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
