@@ -2233,7 +2233,7 @@ class Block(nn.Module):
         B, T, C = x.shape
         q, k, v = self.qkv(rms_norm(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # normalised queries and keys keep the logits in range at high learning rates (https://arxiv.org/abs/2302.05442)
-        q, k = rotary(rms_norm(q), cos, sin), rotary(rms_norm(k), cos, sin)
+        q, k = (rotary(rms_norm(y), cos, sin).to(v.dtype) for y in (q, k))
         if past is not None:
             past[0, :, :, length:length + T], past[1, :, :, length:length + T] = k, v
             k, v = past[:, :, :, :length + T]
@@ -2244,7 +2244,8 @@ class Block(nn.Module):
         return x + self.mlp(rms_norm(x))
 
     def mlp(self, x):
-        return self.down(F.relu(self.up(x)).square())
+        x = F.relu(self.up(x))
+        return self.down(x * x)  # autocast would widen .square() to float32
 
 
 class GPT(nn.Module):

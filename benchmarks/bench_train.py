@@ -266,7 +266,7 @@ def compare(args):
     for share in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1):
         tokens = int(share * best["tokens"])
         ours = train_once(args, "rival", f"ours, {share} of the tokens", model, TRAIN_TOKENS_TARGET=tokens)
-        print(f"ours at {share:4} of the tokens: loss {ours['val_loss']:.4f} (nanoGPT {best['val_loss']:.4f}) "
+        print(f"ours, {share:4} of the tokens: loss {ours['val_loss']:.4f} (nanoGPT {best['val_loss']:.4f}) "
               f"in {ours['seconds'] / best['seconds']:.3f} of its time", flush=True)
         if ours["val_loss"] <= best["val_loss"]:
             break
