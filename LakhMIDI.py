@@ -31,6 +31,7 @@ import collections
 import contextlib
 import copy
 import csv
+import datetime
 import difflib
 import functools
 import gzip
@@ -75,6 +76,7 @@ import numpy as np
 import requests
 import symusic
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from datasketch import MinHash
 from matplotlib import colormaps
@@ -116,14 +118,15 @@ class Study(NamedTuple):
     ladder: tuple
 
 
+# Attention heads are about 32 wide, 64 in the large models: 16 wide cost 1 to 4 % of the loss, and a third more time.
 # The LSTM of each row is matched to the GPT of the same name in non-embedding parameters: 12 L d^2 against 8 L h^2.
 STUDIES = {
     "smoke": Study(16_384, 1_024, 64, tuple(
         [Size("gpt", f"{d}w", 1, d, d // 8) for d in (8, 16, 24, 32)]
         + [Size("lstm", f"{h}w", 1, h) for h in (10, 20, 30, 39)])),
-    "cpu": Study(800_000, 2_048, 256, (
-        Size("gpt", "25K", 2, 32, 2), Size("gpt", "80K", 3, 48, 3), Size("gpt", "200K", 4, 64, 4),
-        Size("gpt", "450K", 4, 96, 6), Size("gpt", "1M", 5, 128, 8),
+    "cpu": Study(1_600_000, 2_048, 256, (
+        Size("gpt", "25K", 2, 32, 1), Size("gpt", "80K", 3, 48, 2), Size("gpt", "200K", 4, 64, 2),
+        Size("gpt", "450K", 4, 96, 3), Size("gpt", "1M", 5, 128, 4),
         Size("lstm", "25K", 2, 40), Size("lstm", "80K", 2, 72), Size("lstm", "200K", 2, 112),
         Size("lstm", "450K", 2, 168), Size("lstm", "1M", 2, 248))),
     "full": Study(100_000_000, 65_536, 1_024, (
@@ -176,7 +179,7 @@ class Cfg(metaclass=KnobType):
     SEEDS = 1  # trainings per model, with seeds SEED, SEED + 1, ...
     SEED = 1337  # everything random follows from it
     # --- optimiser
-    LR = 0.02  # peak learning rate of the weight matrices (Muon)
+    LR = 0.0125  # peak learning rate of the weight matrices (Muon)
     LR_ADAM = 0.01  # peak learning rate of embedding, head and biases (AdamW)
     BETAS = (0.9, 0.95)  # of AdamW
     WEIGHT_DECAY = 0.01  # decoupled, on the weight matrices
@@ -184,9 +187,9 @@ class Cfg(metaclass=KnobType):
     WARMUP_FRAC = 0.02  # share of the steps in which the learning rate rises
     DECAY_FRAC = 0.2  # share of the steps in which it falls to zero
     # --- machine
-    DEVICE = "auto"  # cpu | cuda | auto
+    DEVICE = "auto"  # cpu | cuda | auto; several GPUs: torchrun --nproc_per_node=4 LakhMIDI.py
     COMPILE = True  # torch.compile on CUDA
-    MICRO_TOKENS = 0  # characters per forward pass; 0 = a whole batch. Steps do not change, memory does
+    MICRO_TOKENS = 0  # characters per forward pass; 0 = by the size of the model. Steps do not change, memory does
     SAVE_EVERY_S = 60.0  # seconds between checkpoints of a model in training
     # --- evaluation
     SAMPLES = 12  # tunes written to best_samples/
@@ -265,6 +268,11 @@ class Cfg(metaclass=KnobType):
     @property
     def seq_len(self):
         return self.SEQ_LEN or STUDIES[self.study].seq_len
+
+    @property
+    def batch(self):
+        """Windows per optimiser step."""
+        return self.batch_tokens // self.seq_len
 
     @property
     def steps(self):
@@ -2175,7 +2183,7 @@ def plot_lengths(chars, path):
 # 6 Models: a Transformer and an LSTM with one face, forward(tokens, state) -> (logits, state)
 # ============================================================================================================
 # state = None is training and scoring: the window starts from nothing and no state comes back.
-# state = model.empty_state(B, T) is sampling: tokens may come a few at a time and the state remembers all before them.
+# state = model.empty_state(B, T) is sampling: tokens may come a few at a time, it remembers those before.
 
 
 def rms_norm(x):
@@ -2184,7 +2192,7 @@ def rms_norm(x):
 
 
 def rotary(x, cos, sin):
-    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864) of x (B, heads, T, head width)."""
+    """Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864) for x (B, heads, T, width)."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos + right * sin, right * cos - left * sin], dim=-1)
 
@@ -2205,16 +2213,21 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, past=None, length=0):  # x (B, T, C)
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.qkv(rms_norm(x)).chunk(3, dim=-1))
+        q, k, v = self.qkv(rms_norm(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         # normalised queries and keys keep the logits in range at high learning rates (https://arxiv.org/abs/2302.05442)
-        q, k = rotary(rms_norm(q), cos, sin), rotary(rms_norm(k), cos, sin)
+        q, k = (rotary(rms_norm(y), cos, sin).to(v.dtype) for y in (q, k))
         if past is not None:
             past[0, :, :, length:length + T], past[1, :, :, length:length + T] = k, v
             k, v = past[:, :, :, :length + T]
-        mask = None if length == 0 or T == 1 else torch.ones(T, length + T, dtype=torch.bool, device=x.device).tril(length)
+        later = length > 0 and T > 1  # several characters after others: is_causal would shift the mask
+        mask = torch.ones(T, length + T, dtype=torch.bool, device=x.device).tril(length) if later else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=length == 0 and T > 1)
         x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.down(F.relu(self.up(rms_norm(x))).square())
+        return x + self.mlp(rms_norm(x))
+
+    def mlp(self, x):
+        x = F.relu(self.up(x))
+        return self.down(x * x)  # autocast would widen .square() to float32
 
 
 class GPT(nn.Module):
@@ -2231,7 +2244,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def empty_state(self, batch, length):
-        """Room for the keys and values of `length` characters: [filled, (layers, 2, B, heads, length, head width)]."""
+        """Room for keys and values of `length` characters: [filled, (layers, 2, B, heads, length, width)]."""
         s = self.size
         return [0, self.head.weight.new_zeros(s.layers, 2, batch, s.heads, length, s.width // s.heads)]
 
@@ -2248,7 +2261,7 @@ class GPT(nn.Module):
         return 12 * self.size.layers * self.size.width**2 + self.head.weight.numel()
 
     def flops_per_token(self):
-        """Forward and backward: 6 per weight, and the attention over half of the window (PaLM, appendix B)."""
+        """Forward and backward: 6 per weight, and attention over half of the window (PaLM, appendix B)."""
         return 6 * self.matmul_params() + 6 * self.size.layers * self.seq_len * self.size.width
 
 
@@ -2286,14 +2299,16 @@ class LSTM(nn.Module):
 
 
 def build_model(size, vocab_size, cfg):
-    """A new model for `size` (a Size, or the name of one in cfg.ladder), initialised from torch's global generator."""
+    """A new model for `size`, a Size or the name of one in cfg.ladder, from torch's global generator."""
     if isinstance(size, str):
-        size = next((row for row in cfg.ladder if row.name == size), None) or need(False, f"no model {size} in the ladder")
+        rows = [row for row in cfg.ladder if row.name == size]
+        need(rows, f"no model {size} in the ladder")
+        size = rows[0]
     return {"gpt": GPT, "lstm": LSTM}[size.family](size, vocab_size, cfg.seq_len)
 
 
 def count_params(model):
-    """Parameters three ways: all, without the embedding (the N of the fits: head included), without embedding and head."""
+    """Parameters three ways: all, without the embedding (the N of the fits), without embedding and head."""
     total = sum(p.numel() for p in model.parameters())
     n_fit = total - model.embed.weight.numel()
     return {"n_params": total, "n_fit": n_fit, "n_non_embedding": n_fit - model.head.weight.numel()}
@@ -2307,13 +2322,14 @@ def count_params(model):
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps are orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-    torch.optim.Muon works in bfloat16, one matrix at a time: on a CPU without bfloat16 that is 35 times slower than this,
-    which takes all matrices of one shape together, in float32 where bfloat16 is not native.
-    A parameter with an attribute `stacked` = n is n matrices stacked along its rows, each orthogonalised on its own.
+    torch.optim.Muon works in bfloat16, one matrix at a time: on a CPU without bfloat16 that is 35 times
+    slower than this, which takes all matrices of one shape together and works in `dtype`. A parameter with
+    an attribute `stacked` = n is n matrices stacked along its rows, each orthogonalised on its own.
     """
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
+    def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.float32):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -2325,42 +2341,44 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
                 parts = update.view(getattr(p, "stacked", 1), -1, p.size(1))
                 by_shape.setdefault(parts.shape[1:], []).append((p, parts))
-            for (rows, columns), members in by_shape.items():
-                updates = orthogonalise(torch.cat([parts for _, parts in members]))
-                scale = group["lr"] * max(1, rows / columns) ** 0.5
-                for (p, _), update in zip(members, updates.split([len(parts) for _, parts in members]), strict=True):
+            for members in by_shape.values():
+                updates = orthogonalise(torch.cat([parts for _, parts in members]).to(self.dtype))
+                updates = updates.split([len(parts) for _, parts in members])
+                for (p, _), update in zip(members, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.reshape(p.shape).to(p.dtype), alpha=-scale)
+                    scale = max(1, p.size(0) / p.size(1)) ** 0.5
+                    p.add_(update.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * scale)
 
 
 def orthogonalise(matrices):
-    """The nearest semi-orthogonal matrices, roughly: five Newton-Schulz steps. (n, rows, columns) -> the same."""
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    x = x.mT if x.size(1) > x.size(2) else x
+    """The nearest semi-orthogonal matrices, roughly, by five Newton-Schulz steps; (n, rows, columns)."""
+    x = matrices.mT if matrices.size(1) > matrices.size(2) else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if matrices.size(1) > matrices.size(2) else x
 
 
 def make_optimizers(model, cfg):
     """Muon for the matrices inside the network, AdamW for embedding, head and biases."""
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and not name.startswith(("embed", "head"))]
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    return [Muon(matrices, lr=cfg.LR, weight_decay=cfg.WEIGHT_DECAY),
+    inner = [not name.startswith(("embed", "head")) and p.dim() == 2 for name, p in model.named_parameters()]
+    matrices = list(itertools.compress(model.parameters(), inner))
+    others = [p for p, is_inner in zip(model.parameters(), inner, strict=True) if not is_inner]
+    dtype = torch.bfloat16 if has_bfloat16(cfg) else torch.float32
+    return [Muon(matrices, lr=cfg.LR, weight_decay=cfg.WEIGHT_DECAY, dtype=dtype),
             torch.optim.AdamW(others, lr=cfg.LR_ADAM, betas=tuple(cfg.BETAS), weight_decay=0.0)]
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_windows, seed, epoch):
-    """The order of the windows in one pass over the data, and the shift of their grid as a share of a window."""
+    """The order of the windows in one pass over the data, and the shift of their grid in windows."""
     rng = np.random.default_rng([seed, epoch])
     return rng.permutation(n_windows), rng.random()
 
 
 def batch_starts(n_tokens, seq_len, batch, step, seed):
-    """First characters of the windows of one step (counted from 0): a function of (seed, step) and nothing else.
+    """First characters of the windows of one step (from 0): a function of (seed, step) and nothing else.
 
     Every pass over the data visits each window once, on a grid shifted anew.
     """
@@ -2378,43 +2396,54 @@ def windows(tokens, starts, length):
     return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
 
 
-def autocast(cfg):
-    """bfloat16 where the GPU has it (is_bf16_supported() is also true of emulation), else float16; float32 on a CPU."""
-    if cfg.device == "cpu":
-        return contextlib.nullcontext()
-    return torch.autocast("cuda", dtype=amp_dtype(cfg))
+def has_bfloat16(cfg):
+    """Whether the device multiplies in bfloat16; torch.cuda.is_bf16_supported() is also true of emulation."""
+    if cfg.device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
-def amp_dtype(cfg):
-    if cfg.device == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+def amp_dtype(family, cfg):
+    """The type in which a family is trained. Autocast runs cuDNN's LSTM in float16 whatever it is told."""
+    if cfg.device == "cuda" and (family == "lstm" or not has_bfloat16(cfg)):
+        return torch.float16
+    return torch.bfloat16 if has_bfloat16(cfg) else torch.float32
+
+
+def autocast(family, cfg):
+    dtype = amp_dtype(family, cfg)
+    return torch.autocast(cfg.device, dtype=dtype, enabled=dtype != torch.float32)
+
+
+EVAL_BATCH = 16_384  # characters per forward pass of an evaluation, whatever the batch of the training
 
 
 @torch.no_grad()
 def token_losses(model, tokens, cfg):
     """The loss in nats of every character but the first: (n,) -> (n - 1,) float32, in order.
 
-    Windows of seq_len characters side by side, each predicted from its own beginning on: the result does not depend on
-    the batch size, and GPT and LSTM see the same context.
+    Windows of seq_len characters side by side, each predicted from its own beginning on: GPT and LSTM see the
+    same context. float32 on a CPU, the type of the training on CUDA.
     """
     T, n = model.seq_len, len(tokens) - 1
     device = next(model.parameters()).device
+    precision = autocast(model.size.family, cfg) if device.type == "cuda" else contextlib.nullcontext()
     padded = np.concatenate([tokens, np.zeros(-n % T, tokens.dtype)])
-    losses, batch = [], max(1, (cfg.MICRO_TOKENS or cfg.batch_tokens) // T)
+    losses, batch = [], max(1, EVAL_BATCH // T)
     model.eval()
     for i in range(0, n, batch * T):
         chunk = windows(padded, np.arange(i, min(i + batch * T, n), T), T + 1).to(device)
-        with autocast(cfg):
+        with precision:
             logits = model(chunk[:, :-1])[0]
-        losses.append(F.cross_entropy(logits.float().flatten(0, 1), chunk[:, 1:].flatten(), reduction="none").cpu())
+        loss = F.cross_entropy(logits.float().flatten(0, 1), chunk[:, 1:].flatten(), reduction="none")
+        losses.append(loss.cpu())
     model.train()
     return torch.cat(losses).numpy()[:n]
 
 
 def mean_loss(losses, tokens):
-    """(mean loss per character, its standard error over tunes, which are the independent pieces of evidence)."""
-    tune = np.cumsum(tokens[:-1] == END)  # the losses are those of tokens[1:]: the end token still belongs to its tune
+    """(mean loss per character, its standard error over tunes, the independent pieces of evidence)."""
+    tune = np.cumsum(tokens[:-1] == END)  # losses are those of tokens[1:]: the end token belongs to its tune
     total, count = np.bincount(tune, losses), np.bincount(tune)
     mean = float(losses.mean(dtype=np.float64))
     spread = ((total - mean * count) ** 2).sum() * len(count) / max(1, len(count) - 1)
@@ -2428,15 +2457,14 @@ class Run(NamedTuple):
     name: str
 
     def path(self, kind, cfg):
-        """kind: "model" (the finished one), "record" (its results), "log"; "resume" and "trunk" while it trains."""
-        save = Path(cfg.SAVE_DIR)
-        return {"model": save / f"{self.name}.pt", "record": save / "runs" / f"{self.name}.json",
-                "log": save / "runs" / f"{self.name}.log.jsonl",
-                "resume": save / "resume" / f"{self.name}.pt", "trunk": save / "resume" / f"{self.name}.trunk.pt"}[kind]
+        """kind: "model" (the finished one), "record" (its results), "log"; in training "resume", "trunk"."""
+        files = {"model": "{}.pt", "record": "runs/{}.json", "log": "runs/{}.log.jsonl",
+                 "resume": "resume/{}.pt", "trunk": "resume/{}.trunk.pt"}
+        return Path(cfg.SAVE_DIR, files[kind].format(self.name))
 
 
 def planned_runs(cfg):
-    """Every (size, seed) of the study, from small to large, so that the largest can be predicted before it is trained."""
+    """Every (size, seed) of the study, small to large: the largest can be predicted before it is trained."""
     def weights(size):
         return size.layers * size.width**2 * (12 if size.family == "gpt" else 8)
     return [Run(size, cfg.SEED + i, size.name + (f"_seed{cfg.SEED + i}" if i else ""))
@@ -2446,8 +2474,8 @@ def planned_runs(cfg):
 def legs(cfg):
     """The stretches of a run: [(step at which it stops, end of the decay or 0 on the trunk)].
 
-    One trunk at constant rate, and from it a branch with a decay for each of cfg.BUDGETS, so that a run gives the losses
-    of several token budgets. Only the ends of branches are results.
+    One trunk at constant rate, and from it a branch with a decay for each of cfg.BUDGETS, for the losses of
+    several token budgets. Only the ends of branches are results.
     """
     ends = sorted({max(1, round(share * cfg.steps)) for share in cfg.BUDGETS})
     return [leg for end in ends for leg in ((end - decay_steps(end, cfg), 0), (end, end))]
@@ -2458,181 +2486,307 @@ def decay_steps(end, cfg):
 
 
 def lr_scale(step, end, cfg):
-    """The share of the peak rate in `step` (from 1): warm-up, stable, and if `end` a fall as 1 - sqrt to zero after it.
+    """The share of the peak rate in `step` (from 1): warm-up, stable, if `end` a fall as 1 - sqrt.
 
-    Hagele et al. 2024, https://arxiv.org/abs/2405.18392. The warm-up is that of the full budget, so that all branches
-    leave one and the same trunk.
+    Hagele et al. 2024, https://arxiv.org/abs/2405.18392. The warm-up is that of the full budget, so that all
+    branches leave one and the same trunk.
     """
     rising = min(1.0, step / max(1, round(cfg.WARMUP_FRAC * cfg.steps)))
     falling = (step - end + decay_steps(end, cfg)) / (decay_steps(end, cfg) + 1) if end else 0.0
     return rising * (1 - max(0.0, falling) ** 0.5)
 
 
-class Trainer:
-    """What a training run owns; `state()` is all of it: a run goes on from a checkpoint as if it had never stopped."""
+# --- several processes of a torchrun: each takes its share of a batch, rank 0 gives orders and writes
 
-    def __init__(self, run, vocab, cfg):
-        self.run, self.vocab, self.cfg = run, vocab, cfg
+
+def join_ranks(cfg):
+    """Joins the processes of a torchrun, if there are any; returns the rank of this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))  # while rank 0 converts
+    return rank_and_ranks()[0]
+
+
+def rank_and_ranks():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def from_rank_0(value=None):
+    """The value that rank 0 gives here, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+def sum_over_ranks(parameters, loss):
+    """Adds up the gradients of all ranks in place, in one message; returns the sum of their losses."""
+    gradients = [p.grad for p in parameters]
+    message = torch.cat([loss.view(1), *(g.flatten() for g in gradients)])
+    dist.all_reduce(message)
+    for g, total in zip(gradients, message[1:].split([g.numel() for g in gradients]), strict=True):
+        g.copy_(total.view_as(g))
+    return message[0]
+
+
+def follow(cfg):
+    """What a rank other than 0 does: its share of the runs that rank 0 names, until it names no more."""
+    while (name := from_rank_0()) is not None:
+        run = next(run for run in planned_runs(cfg) if run.name == name)
+        with tqdm(disable=True) as bar:
+            train_model(run, read_vocab(cfg), cfg, bar)
+    leave_ranks()
+
+
+def leave_ranks():
+    """Ends what join_ranks began; rank 0 lets the others go first."""
+    if dist.is_initialized():
+        if dist.get_rank() == 0:
+            from_rank_0(None)
+        dist.destroy_process_group()
+
+
+class Diverged(RuntimeError):
+    """A training loss that is no number, worse than guessing, or far above those before it."""
+
+
+class Trainer:
+    """What a training run owns; `state()` is all of it: a run goes on as if it had never stopped."""
+
+    progress = ("leg", "rows", "trained", "seconds")  # what going back to the trunk leaves as it is
+
+    def __init__(self, run, vocab, cfg, train_data):
+        self.run, self.vocab, self.cfg, self.train_data = run, vocab, cfg, train_data
+        need(len(train_data) > 2 * cfg.seq_len,
+             f"{len(train_data):,} characters are too few for windows of {cfg.seq_len}; add MIDI files")
         self.recipe = run_recipe(run, cfg)
-        torch.manual_seed(run.seed)
-        self.model = build_model(run.size, len(vocab.chars), cfg).to(cfg.device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            self.model = build_model(run.size, len(vocab.chars), cfg).to(cfg.device)
         self.forward = self.model
-        if cfg.device == "cuda" and cfg.COMPILE and run.size.family == "gpt":  # cuDNN's LSTM needs no compiler
-            torch._dynamo.config.suppress_errors = True  # where compiling fails: a warning and the plain model
+        if cfg.device == "cuda" and cfg.COMPILE and run.size.family == "gpt":  # cuDNN's LSTM needs none
             self.forward = torch.compile(self.model)
         self.optimizers = make_optimizers(self.model, cfg)
-        self.scaler = torch.amp.GradScaler(cfg.device, enabled=amp_dtype(cfg) == torch.float16)
-        self.train_data = np.memmap(cfg.tokens_root / "train.bin", vocab.dtype, "r")
-        self.val_data = read_tokens("val", vocab, cfg)
-        need(len(self.train_data) > 2 * cfg.seq_len and len(self.val_data) > 1,
-             f"the corpus has {len(self.train_data):,} characters, too few for windows of {cfg.seq_len}; add MIDI files")
+        half = amp_dtype(run.size.family, cfg) == torch.float16
+        self.scaler = torch.amp.GradScaler(cfg.device, enabled=half)
+        self.rank, self.ranks = rank_and_ranks()
         self.step = self.leg = 0
-        self.curve = {"tokens": [], "train_loss": [], "lr": []}
+        self.curve = {"tokens": [], "train_loss": [], "lr": [], "tokens_per_s": []}
         self.rows = []  # one result for each branch that has ended
         self.trained, self.seconds = 0, 0.0  # characters and time, those of branches included
-        self.batch = cfg.batch_tokens // cfg.seq_len  # windows per step
-        self.micro = max(1, (cfg.MICRO_TOKENS or cfg.batch_tokens) // cfg.seq_len)  # windows per forward pass
+        self.micro = windows_per_pass(run.size, cfg)
 
     def state(self):
-        return {"recipe": self.recipe, "model": self.model.state_dict(), "scaler": self.scaler.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers], "step": self.step,
-                "curve": self.curve, "leg": self.leg, "rows": self.rows, "trained": self.trained, "seconds": self.seconds}
+        return {"model": self.model.state_dict(), "scaler": self.scaler.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                **{name: getattr(self, name) for name in ("recipe", "step", "curve", *self.progress)}}
 
     def save(self, kind):
-        with atomic_path(self.run.path(kind, self.cfg)) as partial:
-            torch.save(self.state(), partial)
+        """Writes a checkpoint, but never one of weights that are no numbers over one that is of use."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise self.diverged("a weight that is no number")
+        if self.rank == 0:
+            with atomic_path(self.run.path(kind, self.cfg)) as partial:
+                torch.save(self.state(), partial)
 
     def restore(self, kind):
         """Goes back to a checkpoint of this very recipe; False where there is none."""
         path = self.run.path(kind, self.cfg)
-        state = load_checkpoint(path, self.cfg.device) if path.exists() else {}
+        state = from_rank_0(load_checkpoint(path) if self.rank == 0 and path.exists() else {})
         if state.get("recipe") != self.recipe:
             return False
         self.model.load_state_dict(state["model"])
         self.scaler.load_state_dict(state["scaler"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self.curve = state["step"], state["curve"]
-        if kind == "resume":  # going back to the trunk keeps the results of the branch
-            self.leg, self.rows, self.trained, self.seconds = (state[k] for k in ("leg", "rows", "trained", "seconds"))
+        for name in ("step", "curve", *(self.progress if kind == "resume" else ())):
+            setattr(self, name, state[name])
         return True
 
     def train_step(self, lr_share):
-        """One optimiser step; returns the loss of its batch (a tensor). Out of memory: the same step in smaller pieces."""
-        starts = batch_starts(len(self.train_data), self.cfg.seq_len, self.batch, self.step, self.run.seed)
-        chunk = windows(self.train_data, starts, self.cfg.seq_len + 1).to(self.cfg.device)
-        try:
-            loss = self.backward(chunk)
-        except torch.OutOfMemoryError:
-            need(self.micro > 1, "out of GPU memory with a single window; lower SEQ_LEN or leave the model out of MODELS")
-            self.micro //= 2
-            say(f"{self.run.name}: out of memory, going on with {self.micro} windows per forward pass")
-            torch.cuda.empty_cache()
-            return self.train_step(lr_share)
-        for optimizer, peak in zip(self.optimizers, (self.cfg.LR, self.cfg.LR_ADAM), strict=True):
+        """One optimiser step; returns the mean loss of its batch (a tensor), the same on all ranks."""
+        cfg = self.cfg
+        starts = batch_starts(len(self.train_data), cfg.seq_len, cfg.batch, self.step, self.run.seed)
+        starts = np.array_split(starts, self.ranks)[self.rank]
+        loss = self.gradients(windows(self.train_data, starts, cfg.seq_len + 1).to(cfg.device))
+        if self.ranks > 1:
+            loss = sum_over_ranks(self.model.parameters(), loss)
+        for optimizer, peak in zip(self.optimizers, (cfg.LR, cfg.LR_ADAM), strict=True):
             self.scaler.unscale_(optimizer)  # before clipping, or the clip would act on scaled gradients
             for group in optimizer.param_groups:
                 group["lr"] = peak * lr_share
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.CLIP_NORM)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.CLIP_NORM)
+        if not self.scaler.is_enabled() or norm.isfinite():  # an overflow in float16 skips both optimisers
+            for optimizer in self.optimizers:
+                optimizer.step()
         self.scaler.update()
         self.step += 1
-        self.trained += self.cfg.batch_tokens
+        self.trained += cfg.batch_tokens
         return loss
 
+    def gradients(self, chunk):
+        """As backward(); out of memory: in smaller pieces; where compiling fails: without it."""
+        while True:
+            try:
+                return self.backward(chunk)
+            except torch.OutOfMemoryError:
+                need(self.micro > 1, "out of memory with one window; lower SEQ_LEN or leave this model out")
+                self.micro //= 2
+                say(f"{self.run.name}: out of memory, going on with {self.micro} windows per forward pass")
+            except Exception as error:  # torch.compile raises whatever its many parts do
+                if self.forward is self.model:
+                    raise
+                self.forward = self.model
+                say(f"{self.run.name}: going on without torch.compile, which failed ({type(error).__name__})")
+            torch.cuda.empty_cache()  # here the exception no longer holds the tensors of the failed pass
+
     def backward(self, chunk):
-        """Gradients of the mean loss over the windows (B, T + 1), `micro` windows at a time."""
+        """This rank's share of loss and gradients, from its windows (B, T + 1), `micro` of them at a time."""
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        total = 0.0
+        total = torch.zeros((), device=chunk.device)
         for part in chunk.split(self.micro):
-            with autocast(self.cfg):
+            with autocast(self.run.size.family, self.cfg):
                 logits = self.forward(part[:, :-1])[0]
-            loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()) * (len(part) / len(chunk))
+            loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
+            loss = loss / self.cfg.batch_tokens
             self.scaler.scale(loss).backward()
-            total = total + loss.detach()
+            total += loss.detach()
         return total
 
-    def result(self):
+    def log(self, point, branch):
+        """Adds a point to the curve, and a line to the file that can be watched while the model trains."""
+        for key, value in point.items():
+            self.curve[key].append(value)
+        path = self.run.path("log", self.cfg)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            with open(path, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({**point, "step": self.step, "branch": branch}) + "\n")
+
+    def check(self, loss):
+        """Raises Diverged unless the loss is in the range of those before it."""
+        recent = np.array(self.curve["train_loss"][-20:])
+        limit = 2 * math.log(len(self.vocab.chars))  # twice that of guessing
+        if len(recent) == 20:
+            limit = min(limit, max(1.5 * recent.mean(), recent.mean() + 8 * recent.std()))
+        if not loss <= limit:
+            raise self.diverged(f"a loss of {loss:.3g}")
+
+    def diverged(self, what):
+        cfg, run = self.cfg, self.run
+        return Diverged(f"{run.name} diverged: {what} in step {self.step}. Lower LR ({cfg.LR}) or LR_ADAM "
+                        f"({cfg.LR_ADAM}); the last good state is {run.path('resume', cfg)}")
+
+    def result(self, val_data):
         """The row of scaling_results.json for the branch that has just ended."""
-        mean, error = mean_loss(token_losses(self.model, self.val_data, self.cfg), self.val_data)
-        tokens, flops = self.step * self.cfg.batch_tokens, self.model.flops_per_token()
-        unique = min(tokens, len(self.train_data))
+        mean, error = mean_loss(token_losses(self.model, val_data, self.cfg), val_data)
+        size, tokens, flops = self.run.size, self.step * self.cfg.batch_tokens, self.model.flops_per_token()
+        rate, peak = float(np.median(self.curve["tokens_per_s"])), peak_flops(self.cfg)
         memory = torch.cuda.max_memory_allocated() if self.cfg.device == "cuda" else None
-        return {"run": self.run.name, "family": self.run.size.family, "size": self.run.size.size, "seed": self.run.seed,
-                "layers": self.run.size.layers, "width": self.run.size.width, **count_params(self.model),
-                "tokens": tokens, "unique_tokens": unique, "epochs": tokens / len(self.train_data),
-                "flops_per_token": flops, "flops": flops * tokens, "lr": self.cfg.LR, "val_loss": mean,
-                "val_loss_se": error, "val_bpc": mean / math.log(2), "val_chars": len(self.val_data) - 1,
-                "tokens_per_s": self.trained / max(self.seconds, 1e-9), "wall_s": self.seconds,
-                "peak_memory_bytes": memory, "precision": str(amp_dtype(self.cfg)).removeprefix("torch."),
+        return {"run": self.run.name, "family": size.family, "size": size.size, "seed": self.run.seed,
+                "layers": size.layers, "width": size.width, **count_params(self.model),
+                "tokens": tokens, "unique_tokens": min(tokens, len(self.train_data)),
+                "epochs": tokens / len(self.train_data), "flops_per_token": flops, "flops": flops * tokens,
+                "lr": self.cfg.LR, "val_loss": mean, "val_loss_se": error, "val_bpc": mean / math.log(2),
+                "val_chars": len(val_data) - 1, "tokens_per_s": rate, "flops_per_s": rate * flops,
+                "share_of_peak": rate * flops / peak if peak else None, "wall_s": self.seconds,
+                "peak_memory_bytes": memory, "processes": self.ranks,
+                "precision": str(amp_dtype(size.family, self.cfg)).removeprefix("torch."),
                 "checkpoint": f"{self.run.name}.pt", "main": self.step == self.cfg.steps}
 
 
-def train_model(run, vocab, cfg, bar):
+def windows_per_pass(size, cfg):
+    """How many windows go through a model at once: the batch, halved until the activations fit."""
+    micro = cfg.batch
+    if cfg.MICRO_TOKENS:
+        return max(1, min(micro, cfg.MICRO_TOKENS // cfg.seq_len))
+    bytes_per_token = size.layers * size.width * (30 if size.family == "gpt" else 16)  # kept for backward
+    while micro > 1 and micro * cfg.seq_len * bytes_per_token > 6.5e9:
+        micro //= 2
+    return micro
+
+
+# Dense matrix products per second in the type of the training, by the makers' data sheets.
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+              "L40S": 362e12, "L4": 121e12, "T4": 65e12}
+
+
+def peak_flops(cfg):
+    """FLOP/s that the GPUs of this run could reach at best; None where that is not known."""
+    name = torch.cuda.get_device_name() if cfg.device == "cuda" else ""
+    peak = next((peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
+    return peak and peak * rank_and_ranks()[1]
+
+
+def train_model(run, vocab, cfg, bar, step_work=1.0):
     """Trains one model through all its legs, from its checkpoint if there is one; writes model and record."""
     if cfg.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainer = Trainer(run, vocab, cfg)
+    trainer = Trainer(run, vocab, cfg, np.memmap(cfg.tokens_root / "train.bin", vocab.dtype, "r"))
     trainer.restore("resume")
-    bar.update(work_per_token(trainer.model) * trainer.trained)
-    stops = legs(cfg)
+    bar.update(step_work * trainer.trained / cfg.batch_tokens)
+    stops, first = legs(cfg), trainer.rank == 0
     while trainer.leg < len(stops):
         stop, end = stops[trainer.leg]
-        train_leg(trainer, stop, end, bar)
+        train_leg(trainer, stop, end, bar, step_work)
         trainer.leg += 1
         if not end:
             trainer.save("trunk")
         else:
-            trainer.rows.append(trainer.result())
+            trainer.rows.append(trainer.result(read_tokens("val", vocab, cfg)) if first else None)
             if trainer.leg < len(stops):
-                need(trainer.restore("trunk"), f"{run.path('trunk', cfg)} is lost; delete {run.path('resume', cfg)} too")
+                need(trainer.restore("trunk"), f"{run.path('trunk', cfg)} is lost; delete the files by it")
         trainer.save("resume")
+    if first:
+        write_model(trainer)
+
+
+def write_model(trainer):
+    """The finished model and its record; what only an interrupted training needs goes."""
+    run, cfg = trainer.run, trainer.cfg
+    content = {"format": CHECKPOINT_FORMAT, "model": trainer.model.state_dict(), "size": list(run.size),
+               "seq_len": cfg.seq_len, "vocab": list(trainer.vocab.chars), "result": trainer.rows[-1]}
     with atomic_path(run.path("model", cfg)) as partial:
-        torch.save({"format": CHECKPOINT_FORMAT, "model": trainer.model.state_dict(), "size": list(run.size),
-                    "seq_len": cfg.seq_len, "vocab": list(vocab.chars), "result": trainer.rows[-1]}, partial)
-    write_json(run.path("record", cfg), {"recipe": trainer.recipe, "rows": trainer.rows, "curve": trainer.curve})
+        torch.save(content, partial)
+    record = {"recipe": trainer.recipe, "rows": trainer.rows, "curve": trainer.curve}
+    write_json(run.path("record", cfg), record)
     for kind in ("resume", "trunk"):
         run.path(kind, cfg).unlink(missing_ok=True)
 
 
-def train_leg(trainer, stop, end, bar):
+def train_leg(trainer, stop, end, bar, step_work=1.0):
     """Steps on to `stop`; a line of the log every half per cent, a checkpoint every SAVE_EVERY_S."""
     cfg, run = trainer.cfg, trainer.run
-    work = work_per_token(trainer.model) * cfg.batch_tokens
-    log = run.path("log", cfg)
-    log.parent.mkdir(parents=True, exist_ok=True)
     began = saved = time.monotonic()
+    first_step = trainer.step
     while trainer.step < stop:
         share = lr_scale(trainer.step + 1, end, cfg)
         loss = trainer.train_step(share)
-        bar.update(work)
+        bar.update(step_work)
         if trainer.step % max(1, cfg.steps // 200) and trainer.step < stop:
             continue
         loss, now = loss.item(), time.monotonic()
-        trainer.seconds, began = trainer.seconds + now - began, now
-        if not loss < 2 * math.log(len(trainer.vocab.chars)):  # worse than guessing, or not a number
-            raise Diverged(f"{run.name} diverged: loss {loss:.3g} in step {trainer.step}. Lower LR ({cfg.LR}) or LR_ADAM "
-                           f"({cfg.LR_ADAM}); the last good state is {run.path('resume', cfg)}")
-        point = {"tokens": trainer.step * cfg.batch_tokens, "train_loss": loss, "lr": cfg.LR * share}
-        for key, value in point.items():
-            trainer.curve[key].append(value)
-        with open(log, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps({**point, "step": trainer.step, "branch": end}) + "\n")
-        bar.set_postfix_str(f"{run.name} loss {loss:.3f} {trainer.trained / trainer.seconds:,.0f} char/s", refresh=False)
+        trainer.check(loss)
+        rate = (trainer.step - first_step) * cfg.batch_tokens / max(now - began, 1e-9)
+        trainer.seconds, began, first_step = trainer.seconds + now - began, now, trainer.step
+        lr, memory = cfg.LR * share, ""
+        if cfg.device == "cuda":
+            memory = f" {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+        tokens = trainer.step * cfg.batch_tokens
+        trainer.log({"tokens": tokens, "train_loss": loss, "lr": lr, "tokens_per_s": rate}, end)
+        bar.set_postfix_str(f"{run.name} loss {loss:.3f} lr {lr:.4f} {rate:,.0f} char/s{memory}", False)
         if now - saved > cfg.SAVE_EVERY_S:
             trainer.save("resume")
             saved = now
 
 
-class Diverged(RuntimeError):
-    """A training loss that is no number or worse than guessing."""
-
-
 CHECKPOINT_FORMAT = "LakhMIDI model 1"
-SHARED_KNOBS = ("train_tokens batch_tokens seq_len BUDGETS LR LR_ADAM BETAS WEIGHT_DECAY CLIP_NORM WARMUP_FRAC DECAY_FRAC "
-                "EVAL_TOKENS device")  # what a run depends on besides its row of the ladder, its seed and the data
+# What a run depends on besides its row of the ladder, its seed and the data.
+SHARED_KNOBS = ("train_tokens batch_tokens seq_len BUDGETS LR LR_ADAM BETAS WEIGHT_DECAY CLIP_NORM "
+                "WARMUP_FRAC DECAY_FRAC EVAL_TOKENS device")
 
 
 def run_recipe(run, cfg):
@@ -2641,54 +2795,86 @@ def run_recipe(run, cfg):
 
 def read_tokens(split, vocab, cfg):
     """The characters of a held-out split that losses are taken over, as ids."""
-    return np.array(np.memmap(cfg.tokens_root / f"{split}.bin", vocab.dtype, "r")[:cfg.EVAL_TOKENS])
+    return np.fromfile(cfg.tokens_root / f"{split}.bin", vocab.dtype, cfg.EVAL_TOKENS)
 
 
 def read_vocab(cfg):
     return Vocab(tuple(read_json(cfg.tokens_root / "vocab.json")["chars"]))
 
 
-def load_checkpoint(path, device):
-    """A dict of tensors and plain values; nothing in the file is executed."""
+def load_checkpoint(path):
+    """A dict of tensors and plain values, on the CPU; nothing in the file is executed."""
+    need(Path(path).is_file(), f"there is no checkpoint {path}")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            need(archive.testzip() is None, "checksum")  # torch.load looks at no checksum
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a file that is cut off or none of its own
-        raise UserError(f"{path} is not a whole checkpoint of this study ({type(error).__name__}); delete it and run "
-                        "again") from error
+        raise UserError(f"{path} is not a whole checkpoint of this study ({type(error).__name__}); delete it "
+                        "and run again") from error
 
 
 def load(path, device="cpu"):
-    """A trained model from its .pt file: (model, vocab, the result that scaling_results.json holds of it)."""
-    saved = load_checkpoint(path, device)
-    need(isinstance(saved, dict) and saved.get("format") == CHECKPOINT_FORMAT, f"{path} is not a model of this study")
-    size, vocab = Size(*saved["size"]), Vocab(tuple(saved["vocab"]))
-    model = build_model(size, len(vocab.chars), Cfg(SEQ_LEN=saved["seq_len"])).to(device)
-    model.load_state_dict(saved["model"])
-    return model.eval(), vocab, saved["result"]
+    """A trained model from its .pt file: (model, vocab, the result that scaling_results.json holds of it).
+
+    Raises UserError if the file is missing, cut off, or no model that this study wrote.
+    """
+    saved = load_checkpoint(path)
+    try:
+        need(saved["format"] == CHECKPOINT_FORMAT, "another format")
+        size, vocab = Size(*saved["size"]), Vocab(tuple(saved["vocab"]))
+        model = build_model(size, len(vocab.chars), Cfg(SEQ_LEN=saved["seq_len"]))
+        model.load_state_dict(saved["model"])
+        return model.to(device).eval(), vocab, saved["result"]
+    except (UserError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a model of this study: {error}") from error
 
 
-@stage(version=1, knobs=SHARED_KNOBS + " ladder SEEDS SEED", after=tokenize, root="SAVE_DIR")
+def seconds_per_step(run, vocab_size, cfg):
+    """How long an optimiser step of a model takes on this machine: the second of two on random characters."""
+    cfg = copy.copy(cfg)
+    cfg.COMPILE = False  # compiling would take longer than all that is to be measured
+    window_flops = build_model(run.size, vocab_size, cfg).flops_per_token() * cfg.seq_len
+    share = max(1, min(cfg.batch, int((1e14 if cfg.device == "cuda" else 5e10) / window_flops))) / cfg.batch
+    cfg.BATCH_TOKENS = round(share * cfg.batch_tokens)  # a part, where a batch would take far too long
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 3 * cfg.batch_tokens)
+    trainer = Trainer(run, Vocab(tuple(range(vocab_size))), cfg, tokens)
+    trainer.rank, trainer.ranks = 0, 1  # the others are waiting for orders
+    for _ in range(2):
+        began = time.perf_counter()
+        trainer.train_step(0.0).item()  # .item() waits for the GPU
+    return (time.perf_counter() - began) / share
+
+
+@stage(version=2, knobs=SHARED_KNOBS + " ladder SEEDS SEED", after=tokenize, root="SAVE_DIR")
 def train(cfg):
     """Trains every model of the study on the same characters in the same order, from small to large."""
     vocab, runs = read_vocab(cfg), planned_runs(cfg)
-    tokens = steps_with_branches(cfg) * cfg.batch_tokens
-    work = [work_per_token(build_model(run.size, len(vocab.chars), cfg)) * tokens for run in runs]
+    need(len(read_tokens("val", vocab, cfg)) > 1, "no validation tune; add MIDI files or raise VAL_FRAC")
+    todo = {run: seconds_per_step(run, len(vocab.chars), cfg) for run in runs if not finished(run, cfg)}
+    work = sum(todo.values()) * steps_with_branches(cfg)
     bar_format = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
-    with progress(total=sum(work), desc="train", bar_format=bar_format) as bar:
-        for run, share in zip(runs, work, strict=True):
-            record = read_json(run.path("record", cfg), {})
-            if record.get("recipe") == run_recipe(run, cfg) and run.path("model", cfg).exists():
-                bar.update(share)
-                continue
+    with progress(total=work, desc="train", bar_format=bar_format) as bar:
+        for run, step_work in todo.items():
             state_prediction_first(run, runs, cfg)
-            train_model(run, vocab, cfg, bar)
-            row = read_json(run.path("record", cfg))["rows"][-1]
-            say(f"  {run.name:12s} {row['n_fit']:>11,} parameters  validation loss {row['val_loss']:.4f} nats = "
-                f"{row['val_bpc']:.4f} bits per character  {row['tokens_per_s']:>9,.0f} char/s {row['wall_s']:6.0f} s")
+            from_rank_0(run.name)
+            train_model(run, vocab, cfg, bar, step_work)
+            row = finished(run, cfg)["rows"][-1]
+            say(f"  {run.name:12s} {row['n_fit']:>11,} parameters  val loss {row['val_loss']:.4f} nats, "
+                f"{row['val_bpc']:.4f} bits per character {row['tokens_per_s']:>9,.0f} char/s "
+                f"{row['wall_s']:6.0f} s")
             write_results(runs, cfg)
     write_results(runs, cfg)
     save = Path(cfg.SAVE_DIR)
-    return [save / "scaling_results.json", save / "training_curves.json", *(run.path("model", cfg) for run in runs)]
+    return [save / "scaling_results.json", save / "training_curves.json",
+            *(run.path("model", cfg) for run in runs)]
+
+
+def finished(run, cfg):
+    """The record of a run that was trained to its end by the recipe of today, else None."""
+    record = read_json(run.path("record", cfg), {})
+    done = record.get("recipe") == run_recipe(run, cfg) and run.path("model", cfg).exists()
+    return record if done else None
 
 
 def state_prediction_first(run, runs, cfg):
@@ -2697,20 +2883,14 @@ def state_prediction_first(run, runs, cfg):
     path, largest = Path(cfg.SAVE_DIR, "prediction.json"), family[-1].size
     if run.size != largest or run is not next(r for r in family if r.size == largest):
         return
-    rows = [record["rows"][-1] for r in family if r.size != largest
-            if (record := read_json(r.path("record", cfg))) and record["recipe"] == run_recipe(r, cfg)]
+    rows = [record["rows"][-1] for r in family if r.size != largest and (record := finished(r, cfg))]
     points = {"N": [row["n_fit"] for row in rows], "L": [row["val_loss"] for row in rows]}
     n = count_params(build_model(largest, len(read_vocab(cfg).chars), cfg))["n_fit"]
-    stated = {**state_prediction(points, n, runs=cfg.SEEDS), "model": largest.name, "recipe": run_recipe(run, cfg),
-              "stated_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    stated = {**state_prediction(points, n, runs=cfg.SEEDS), "model": largest.name,
+              "recipe": run_recipe(run, cfg), "stated_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_json(path, {**read_json(path, {}), run.size.family: stated})
     if stated["predicted"]:
-        say(f"  {largest.name:12s} is predicted to reach {stated['predicted']:.4f} nats, from the smaller ones")
-
-
-def work_per_token(model):
-    """What a bar of progress counts: FLOPs, and a constant for what a small model costs besides."""
-    return model.flops_per_token() + 1_000_000
+        say(f"  {largest.name:12s} is predicted to reach {stated['predicted']:.4f} nats, by the smaller ones")
 
 
 def steps_with_branches(cfg):
@@ -2721,8 +2901,7 @@ def steps_with_branches(cfg):
 
 def write_results(runs, cfg):
     """Gathers the records of the runs trained so far into the two files that later stages read."""
-    records = {run.name: record for run in runs if (record := read_json(run.path("record", cfg)))
-               and record["recipe"] == run_recipe(run, cfg)}
+    records = {run.name: record for run in runs if (record := finished(run, cfg))}
     write_json(Path(cfg.SAVE_DIR, "scaling_results.json"), {
         "study": cfg.study, "corpus": cfg.corpus, "device": device_name(cfg), "torch": torch.__version__,
         "knobs": {knob: getattr(cfg, knob) for knob in knob_names()}, "schedule_steps": cfg.steps,
@@ -3870,15 +4049,9 @@ def banner(cfg):
 
 
 def estimated_minutes(cfg):
-    """Training time if the models reach half the speed of a matrix product, as those of a CPU do."""
-    a = torch.randn(1024, 1024, device=cfg.device, dtype=amp_dtype(cfg))
-    (a @ a).sum().item()  # .item() waits for the GPU
-    began = time.perf_counter()
-    for _ in range(10):
-        (a @ a).sum().item()
-    rate = 10 * 2 * 1024**3 / (time.perf_counter() - began) / 2
-    work = sum(work_per_token(build_model(run.size, 100, cfg)) for run in planned_runs(cfg))
-    return work * steps_with_branches(cfg) * cfg.batch_tokens / rate / 60
+    """Training time still to come, from one measured step of every model."""
+    step_seconds = sum(seconds_per_step(run, 100, cfg) for run in planned_runs(cfg) if not finished(run, cfg))
+    return step_seconds * steps_with_branches(cfg) / 60
 
 
 def run_stages(cfg, first="extract", last="report", force=False):
@@ -3903,9 +4076,13 @@ def main(argv=None):
             for one in STAGES:
                 print(f"{one.__name__:9s} {one.status(cfg)}")
             return 0
+        if join_ranks(cfg) > 0:
+            follow(cfg)
+            return 0
         banner(cfg)
         if not run_stages(cfg, flags.only or flags.first, flags.only or flags.last, flags.force):
             say("nothing to do: every stage is up to date (--force runs them again)")
+        leave_ranks()
         say(f"report    {Path(cfg.SAVE_DIR, 'report.html')}")
     except UserError as mistake:
         print(f"LakhMIDI: {mistake}", file=sys.stderr)

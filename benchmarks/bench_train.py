@@ -1,0 +1,367 @@
+"""The training recipe: learning rates, nanoGPT's recipe as a rival, ablations, speed; on any device.
+
+    python benchmarks/bench_train.py DATA_ROOT                            sweep, rival, speed
+    python benchmarks/bench_train.py DATA_ROOT --parts ablate --seeds 3   what each part of the recipe buys
+
+DATA_ROOT holds tokens/ as `python LakhMIDI.py --to tokenize --DATA_ROOT DATA_ROOT` writes them. Prints tables
+and appends a line for each training to benchmarks/results.jsonl. Seconds are those of the process on a CPU,
+where other programs would disturb the clock on the wall, and of that clock on CUDA.
+"""
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import LakhMIDI as study
+from LakhMIDI import Cfg
+
+make_optimizers = study.make_optimizers
+RESULTS = Path(__file__).with_name("results.jsonl")
+
+
+class Rival(nn.Module):
+    """nanoGPT's model: learned positions, LayerNorm, GELU, tied head (https://github.com/karpathy/nanoGPT)."""
+
+    def __init__(self, size, vocab_size, seq_len):
+        super().__init__()
+        self.size, self.seq_len = size, seq_len
+        self.embed, self.positions = nn.Embedding(vocab_size, size.width), nn.Embedding(seq_len, size.width)
+        self.blocks = nn.ModuleList(RivalBlock(size.width, size.heads) for _ in range(size.layers))
+        self.norm = nn.LayerNorm(size.width, bias=False)
+        self.head = nn.Linear(size.width, vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                added_up = 2 * size.layers if name.endswith("out.weight") else 1  # so many outputs
+                nn.init.normal_(p, std=0.02 / math.sqrt(added_up))
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens, state=None):  # (B, T) -> (B, T, V)
+        x = self.embed(tokens) + self.positions.weight[:tokens.size(1)]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)), None
+
+    def flops_per_token(self):
+        s, T = self.size, self.seq_len
+        return 6 * (12 * s.layers * s.width**2 + self.head.weight.numel()) + 6 * s.layers * T * s.width
+
+
+class RivalBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.mlp_out = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x):  # (B, T, C)
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attention_out(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp_out(F.gelu(self.up(self.norm2(x))))
+
+
+def rival_optimizers(model, cfg):
+    """AdamW with weight decay on all matrices and tables; the second one holds the norms."""
+    decayed = [p for p in model.parameters() if p.dim() == 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    return [torch.optim.AdamW(group, lr=cfg.LR, betas=(0.9, 0.95), weight_decay=decay)
+            for group, decay in ((decayed, 0.1), (rest, 0.0))]
+
+
+def cosine(step, end, cfg):
+    """nanoGPT's schedule: warm-up, then a cosine down to a tenth of the peak."""
+    warmup = max(1, round(cfg.WARMUP_FRAC * cfg.steps))
+    if step <= warmup:
+        return step / warmup
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, cfg.steps - warmup)))
+
+
+def rival(lr):
+    """A way to train the rival with the loop of the study. nanoGPT uses float32 on a CPU."""
+    patches = {"build_model": lambda size, vocab_size, cfg: Rival(size, vocab_size, cfg.seq_len),
+               "make_optimizers": rival_optimizers, "lr_scale": cosine,
+               "count_params": lambda model: {"n_params": sum(p.numel() for p in model.parameters())}}
+    if not torch.cuda.is_available():
+        patches["has_bfloat16"] = lambda cfg: False
+    return patch.multiple(study, **patches), {"LR": lr, "LR_ADAM": lr}
+
+
+def changed_model(change):
+    """Trains the study's model after `change(model)`."""
+    build = study.build_model
+
+    def build_changed(*args):
+        model = build(*args)
+        change(model)
+        return model
+    return patch.object(study, "build_model", build_changed)
+
+
+def adamw_for_all(model, cfg):
+    muon, adam = make_optimizers(model, cfg)
+    matrices, others = (optimizer.param_groups[0]["params"] for optimizer in (muon, adam))
+    return [torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.1),
+            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+class PositionedEmbedding(nn.Embedding):
+    """A table of characters and one of learned positions."""
+
+    def __init__(self, table, seq_len):
+        super().__init__(*table.weight.shape)
+        self.positions = nn.Parameter(torch.randn(seq_len, table.embedding_dim))
+
+    def forward(self, tokens):
+        return super().forward(tokens) + self.positions[:tokens.size(1)]
+
+
+def learned_positions(model):
+    model.embed = PositionedEmbedding(model.embed, model.seq_len)
+
+
+def one_matrix(model):
+    for p in model.parameters():
+        vars(p).pop("stacked", None)
+
+
+def nothing(*args):
+    return contextlib.nullcontext()
+
+
+def without_qk_norm():
+    norm = study.rms_norm
+    return patch.object(study, "rms_norm", lambda x: x if x.dim() == 4 else norm(x))
+
+
+def rotary_off():
+    stack = contextlib.ExitStack()
+    stack.enter_context(patch.object(study, "rotary", lambda x, cos, sin: x))
+    stack.enter_context(changed_model(learned_positions))
+    return stack
+
+
+def gelu_mlp():
+    return patch.object(study.Block, "mlp", lambda self, x: self.down(F.gelu(self.up(x))))
+
+
+def full_init():
+    zeros = nn.init.zeros_
+    return patch.object(nn.init, "zeros_", lambda w: w if w.dim() == 2 else zeros(w))
+
+
+def adamw():
+    return patch.object(study, "make_optimizers", adamw_for_all)
+
+
+# (name, families, how, knobs)
+ABLATIONS = [
+    ("the recipe", "gpt lstm", nothing, {}),
+    ("no QK-norm", "gpt", without_qk_norm, {}),
+    ("learned positions", "gpt", rotary_off, {}),
+    ("GELU", "gpt", gelu_mlp, {}),
+    ("no zero init", "gpt lstm", full_init, {}),
+    ("AdamW, LR .003", "gpt lstm", adamw, {"LR": 0.003}),
+    ("AdamW, LR .006", "gpt lstm", adamw, {"LR": 0.006}),
+    ("AdamW, LR .012", "gpt lstm", adamw, {"LR": 0.012}),
+    ("stacked matrices as one", "gpt lstm", lambda: changed_model(one_matrix), {}),
+    ("weight decay 0", "gpt lstm", nothing, {"WEIGHT_DECAY": 0.0}),
+    ("weight decay .1", "gpt lstm", nothing, {"WEIGHT_DECAY": 0.1}),
+    ("no warm-up", "gpt lstm", nothing, {"WARMUP_FRAC": 0.0}),
+    ("warm-up 10 %", "gpt lstm", nothing, {"WARMUP_FRAC": 0.1}),
+    ("decay 10 %", "gpt lstm", nothing, {"DECAY_FRAC": 0.1}),
+    ("decay 40 %", "gpt lstm", nothing, {"DECAY_FRAC": 0.4}),
+]
+
+
+def clock():
+    return time.monotonic() if torch.cuda.is_available() else time.process_time()
+
+
+def new_trainer(cfg, run=None):
+    """A trainer of the study for `run`, or for the first model of its ladder."""
+    vocab = study.read_vocab(cfg)
+    data = np.memmap(cfg.tokens_root / "train.bin", vocab.dtype, "r")
+    with patch.object(study, "run_recipe", lambda run, cfg: "benchmark"):
+        return study.Trainer(run or study.planned_runs(cfg)[0], vocab, cfg, data)
+
+
+def train_once(args, part, label, model, seed=1, **knobs):
+    """One training with one decay at its end, by the loop of the study; returns its row."""
+    with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
+        cfg = Cfg(**{"DATA_ROOT": args.data_root, "SAVE_DIR": folder, "SEED": seed, "BUDGETS": (1.0,),
+                     "SAVE_EVERY_S": 1e9, "TRAIN_TOKENS_TARGET": args.tokens, "MODELS": (model,), **knobs})
+        trainer = new_trainer(cfg)
+        began, seconds, loss = clock(), math.inf, math.inf
+        with contextlib.suppress(study.Diverged):
+            study.train_leg(trainer, cfg.steps, cfg.steps, bar)
+            seconds = clock() - began
+            loss = trainer.result(study.read_tokens("val", trainer.vocab, cfg))["val_loss"]
+        row = {"part": part, "label": label, "model": model, "seed": seed,
+               "tokens": cfg.train_tokens, "knobs": knobs, "val_loss": loss, "seconds": round(seconds, 2),
+               "device": study.device_name(cfg)}
+    record(row)
+    return row
+
+
+def record(row):
+    with open(RESULTS, "a", encoding="utf-8") as out:
+        out.write(json.dumps({"bench": "train", **row}) + "\n")
+
+
+def sweep(args):
+    """Half and twice each learning rate: neither may be more than .3 % better."""
+    points = list(itertools.product(args.knobs, args.factors))
+    print(f"\nChange of the loss in % at a share of a learning rate, {args.seeds} seed(s)\n"
+          f"{'model':10s} {'loss':>7s}", *(f"{knob} x {factor:g}".rjust(13) for knob, factor in points))
+    for model in args.models:
+        base = [train_once(args, "sweep", "default", model, seed) for seed in args.seed_list]
+        print(f"{model:10s} {mean_loss(base):7.4f}", end="", flush=True)
+        for knob, factor in points:
+            knobs = {knob: getattr(Cfg, knob) * factor}
+            rows = [train_once(args, "sweep", f"{knob} x {factor:g}", model, seed, **knobs)
+                    for seed in args.seed_list]
+            print(f"{mean_change(rows, base):>14s}", end="", flush=True)
+        print()
+
+
+def mean_loss(rows):
+    return statistics.mean(row["val_loss"] for row in rows)
+
+
+def mean_change(rows, base):
+    """By how many per cent the loss is above that of the same seeds with the recipe."""
+    return f"{100 * (mean_loss(rows) / mean_loss(base) - 1):+.2f}"
+
+
+def compare(args):
+    """The rival, tuned in learning rate; the share of its tokens and time in which the study has its loss."""
+    model = [m for m in args.models if m.startswith("gpt")][-1]
+    ways = {lr: rival(lr) for lr in args.rival_lrs}
+    rows = {}
+    for lr, (patched, knobs) in ways.items():
+        with patched:
+            row = rows[lr] = train_once(args, "rival", f"nanoGPT, LR {lr}", model, **knobs)
+        print(f"nanoGPT, {model}, LR {lr}: loss {row['val_loss']:.4f}, {row['seconds']} s", flush=True)
+    best = min(rows.values(), key=lambda row: row["val_loss"])
+    for share in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 1):
+        tokens = int(share * best["tokens"])
+        ours = train_once(args, "rival", f"ours, {share} of the tokens", model, TRAIN_TOKENS_TARGET=tokens)
+        print(f"ours, {share:4} of the tokens: loss {ours['val_loss']:.4f} (nanoGPT {best['val_loss']:.4f}) "
+              f"in {ours['seconds'] / best['seconds']:.3f} of its time", flush=True)
+        if ours["val_loss"] <= best["val_loss"]:
+            break
+    print("tokens per second, ours / rival, medians of steps taken in turn:")
+    for name in [m for m in args.models if m.startswith("gpt")]:
+        print(f"  {name:10s} {step_ratio(args, name):.2f}", flush=True)
+
+
+def step_ratio(args, model, rounds=8):
+    """Time of a step of the rival over that of the study, taken in turn: both meet the same machine."""
+    ways, trainers, times = [(nothing(), {}), rival(1e-3)], [], ([], [])
+    for way, knobs in ways:
+        with way:
+            trainers.append(new_trainer(Cfg(DATA_ROOT=args.data_root, MODELS=(model,), **knobs)))
+    for i in range(rounds + 2):
+        for (way, _), trainer, seconds in zip(ways, trainers, times, strict=True):
+            with way:
+                began = clock()
+                trainer.train_step(0.1).item()
+                seconds += [clock() - began] * (i >= 2)
+    return statistics.median(times[1]) / statistics.median(times[0])
+
+
+def ablate(args):
+    """What the loss does without a part of the recipe, over seeds; the spread of the seeds beside it."""
+    for model in args.models:
+        family, base = model.split("_")[0], None
+        print(f"\n{model}: loss, change in %, spread over {args.seeds} seeds in %")
+        for label, families, how, knobs in ABLATIONS:
+            if family not in families or (args.only and args.only not in label and base):
+                continue
+            with how():
+                rows = [train_once(args, "ablate", label, model, seed, **knobs) for seed in args.seed_list]
+            base = base or rows
+            losses = [row["val_loss"] for row in rows]
+            spread = 100 * statistics.stdev(losses) / mean_loss(rows) if len(rows) > 1 else math.nan
+            change = mean_change(rows, base)
+            print(f"  {label:26s} {mean_loss(rows):.4f} {change:>7s} {spread:.2f}", flush=True)
+
+
+def speed(args):
+    """Tokens per second, FLOP/s, share of peak and memory of every model of the study's ladder."""
+    cfg, total = Cfg(DATA_ROOT=args.data_root), 0.0
+    print(f"\n{study.device_name(cfg)}, {cfg.batch_tokens:,} characters per step\n"
+          f"{'model':10s} {'char/s':>10s} {'TFLOP/s':>8s} {'of peak':>8s} {'GB':>5s} {'first step':>10s} "
+          f"{'whole run':>9s}")
+    for run in study.planned_runs(cfg):
+        if cfg.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        trainer = new_trainer(cfg, run)
+        began = time.monotonic()
+        trainer.train_step(0.1).item()
+        first = time.monotonic() - began  # with compiling
+        rates = []
+        for _ in range(5 if cfg.device == "cpu" else 30):
+            began = clock()
+            trainer.train_step(0.1).item()
+            rates.append(cfg.batch_tokens / (clock() - began))
+        rate, peak = statistics.median(rates), study.peak_flops(cfg)
+        flops = rate * trainer.model.flops_per_token()
+        whole = first + study.steps_with_branches(cfg) * cfg.batch_tokens / rate
+        total += whole
+        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if cfg.device == "cuda" else "-"
+        share = f"{flops / peak:.1%}" if peak else "-"
+        print(f"{run.name:10s} {rate:10,.0f} {flops / 1e12:8.3f} {share:>8s} {memory:>5s} {first:8.1f} s "
+              f"{whole:7.0f} s", flush=True)
+        record({"part": "speed", "model": run.name, "tokens_per_s": rate, "flops_per_s": flops,
+                "share_of_peak": peak and flops / peak, "peak_memory_gb": memory, "first_step_s": first,
+                "run_s": whole, "device": study.device_name(cfg)})
+    print(f"all models with all branches: {total / 60:.1f} minutes")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("data_root")
+    parser.add_argument("--parts", default="sweep,rival,speed", help="of sweep, rival, speed, ablate")
+    parser.add_argument("--models", help="names from the ladder; default: two of each family, far apart")
+    parser.add_argument("--tokens", type=int, default=0, help="per training; 0 = the study's, on CUDA 20 M")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--knobs", default="LR,LR_ADAM", help="learning rates to sweep")
+    parser.add_argument("--factors", default="0.5,2", help="of the learning rates")
+    parser.add_argument("--only", help="ablations whose name holds this text")
+    parser.add_argument("--rival_lrs", default="0.001,0.002,0.004,0.008")
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    args.tokens = args.tokens or (20_000_000 if cuda else 0)
+    far_apart = "gpt_1M,gpt_20M,lstm_1M,lstm_20M" if cuda else "gpt_80K,gpt_1M,lstm_80K,lstm_1M"
+    args.models, args.knobs = (args.models or far_apart).split(","), args.knobs.split(",")
+    args.factors, args.rival_lrs = (list(map(float, x.split(","))) for x in (args.factors, args.rival_lrs))
+    args.seed_list = range(1, args.seeds + 1)
+    if not cuda:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    for part in args.parts.split(","):
+        {"sweep": sweep, "rival": compare, "ablate": ablate, "speed": speed}[part](args)
+
+
+if __name__ == "__main__":
+    main()
