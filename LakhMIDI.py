@@ -3669,55 +3669,295 @@ def draw_curves(families, curves):
 # ============================================================================================================
 
 
+# --- sampling
+
 @torch.inference_mode()
-def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, top_p=1.0, seed=0):
-    """Continues each prompt to its end token, or by `max_chars` characters: [{"text", "ended"}], prompts included.
+def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, top_p=1.0, seed=0, constrained=False):
+    """Continues each prompt to its end token, or by `max_chars` characters.
 
-    All rows advance together, a row's own prompt overruling what is sampled for it, so that prompts of any lengths
-    share a batch. A character costs one step, since the model's state keeps what was read. When the window of
-    model.seq_len is full, its last half is read anew and the sampling goes on from there. Row i draws from a stream
-    of its own, (seed, i). temperature 0 takes the likeliest character. Raises UserError for unknown characters.
+    Returns [{"text", "ended", "forced"}], prompts included; "forced" counts the characters that the grammar chose.
+    A character costs one step, since the model's state keeps what was read. When the window of model.seq_len is full,
+    the model starts anew from half a window: the beginning of the tune's header, which says what the lengths and the
+    bars mean, and the newest characters. Row i draws from its own stream (seed, i), whatever else is in the batch.
+    temperature 0 takes the likeliest character. constrained=True keeps to the notation of the converter (Grammar).
+    Raises UserError for characters that the model does not know.
     """
-    rows = [np.concatenate([[START], vocab.encode(prompt)]) for prompt in prompts]
-    unknown = set("".join(prompts)) - set(vocab.chars)
-    need(not unknown, f"the prompt has characters that the model does not know: {sorted(unknown)}")
+    unknown = sorted(set("".join(prompts)) - set(vocab.chars[3:]))
+    need(not unknown, f"the prompt has characters that the model does not know: {' '.join(map(repr, unknown))}")
+    rows, tunes = [np.append(START, vocab.encode(prompt)) for prompt in prompts], []
+    for low in range(0, len(rows), SAMPLE_BATCH):
+        streams = range(low, min(low + SAMPLE_BATCH, len(rows)))
+        grammars = [Grammar(vocab, prompts[i], max_chars) if constrained else None for i in streams]
+        room = max_chars + CLOSING_CHARS * constrained
+        tokens, ends = continue_rows(model, rows[low:low + SAMPLE_BATCH], room, grammars, vocab,
+                                     np.stack([np.random.default_rng([seed, i]).random((max(map(len, rows)) + room, 2))
+                                               for i in streams]), (temperature, top_k, top_p))
+        tunes += [{"text": vocab.decode(row[1:end]), "ended": bool(end < len(row) and row[end] == END),
+                   "forced": grammar.forced if grammar else 0}
+                  for row, end, grammar in zip(tokens, ends, grammars, strict=True)]
+    return tunes
+
+
+SAMPLE_BATCH = 64  # tunes sampled side by side; it bounds the memory of the attention's keys and values
+CLOSING_CHARS = 1_000  # room that constrained sampling has to finish the bar after max_chars
+
+
+def continue_rows(model, rows, room, grammars, vocab, chance, rule):
+    """Rows of ids -> (tokens (R, T), the place of each row's end). All rows advance together: a row's own prompt
+    overrules what is sampled for it. Rows that have ended leave the batch when the window is read anew."""
     given = np.array([len(row) for row in rows])
-    total = given.max() + max_chars
-    tokens = np.stack([np.pad(row, (0, total - len(row)), constant_values=END) for row in rows])
-    chance = np.stack([np.random.default_rng([seed, i]).random(total) for i in range(len(rows))])
-    device, done = next(model.parameters()).device, np.zeros(len(rows), bool)
-    state, start, filled = None, 0, given.min()
-    while not done.all():
-        if state is None or filled - start > model.seq_len:
-            start = read = max(0, filled - (model.seq_len if state is None else model.seq_len // 2))
-            state = model.empty_state(len(rows), model.seq_len)
-        logits, state = model(torch.from_numpy(tokens[:, read:filled]).to(device), state)
-        read = filled
-        choice = pick(logits[:, -1].float().cpu().numpy(), chance[:, filled], temperature, top_k, top_p)
-        writing = (filled >= given) & ~done
-        tokens[writing, filled] = choice[writing]
-        done |= writing & ((choice == END) | (filled + 1 >= given + max_chars))
+    tokens = np.full((len(rows), given.max() + room), END)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[:len(ids)] = ids
+    device, ends = next(model.parameters()).device, given + room
+    live, held, state, filled = np.arange(len(rows)), 0, None, given.min()
+    while (ends > filled).any():
+        new = tokens[live, filled - 1:filled]
+        if state is None or held == model.seq_len:
+            live = np.flatnonzero(ends > filled)
+            new, held = window_after(tokens[live, :filled], model.seq_len, vocab), 0
+            state = model.empty_state(len(live), model.seq_len)
+        logits, state = model(torch.from_numpy(new).to(device), state)
+        held += new.shape[1]
+        writes = (filled >= given[live]) & (ends[live] > filled)
+        choice = pick(logits[:, -1].float().cpu().numpy(), chance[live, filled], rule,
+                      [grammars[i] if write else None for i, write in zip(live, writes, strict=True)])
+        tokens[live[writes], filled] = choice[writes]
+        ends[live[writes & (choice == END)]] = filled
         filled += 1
-    ends = [min([*np.flatnonzero(row[n:] == END) + n, n + max_chars]) for row, n in zip(tokens, given, strict=True)]
-    return [{"text": vocab.decode(row[1:end]), "ended": bool(end < n + max_chars)}
-            for row, n, end in zip(tokens, given, ends, strict=True)]
+    return tokens, ends
 
 
-def pick(logits, chance, temperature, top_k, top_p):
-    """One symbol per row: logits (B, V), chance (B,) in [0, 1) -> (B,). Never start or unknown."""
+def window_after(tokens, seq_len, vocab):
+    """(R, n) tokens of tunes -> what a model reads to go on: all of them, or from beyond a window on half a window."""
+    n, half = tokens.shape[1], seq_len // 2
+    if n <= seq_len:
+        return tokens
+    newline, bracket = vocab.encode("\n[")
+    music = (tokens[:, :-1] == newline) & (tokens[:, 1:] == bracket)
+    header = np.minimum(np.where(music.any(1), music.argmax(1) + 1, 0), half * 3 // 4)
+    return np.stack([np.append(row[:h], row[n - half + h:]) for row, h in zip(tokens, header, strict=True)])
+
+
+def pick(logits, chance, rule, grammars):
+    """One symbol per row: logits (R, V), chance (R, 2) in [0, 1) -> (R,). Never start or unknown.
+
+    Where a grammar refuses a symbol, another is drawn among those it allows. That gives the distribution of masking
+    them beforehand (exactly so without top_k and top_p), and costs little where the model knows the notation.
+    """
     logits[:, [START, UNKNOWN]] = -np.inf
+    choice = draw(logits, chance[:, 0], *rule)
+    for i, grammar in enumerate(grammars):
+        if grammar and not grammar.feed(choice[i]):
+            allowed = grammar.allowed()
+            need(allowed.any(), "the model lacks a character that the notation needs; sample without constraint")
+            choice[i] = draw(np.where(allowed, logits[i:i + 1], -np.inf), chance[i:i + 1, 1], *rule)[0]
+            grammar.feed(choice[i])
+            grammar.forced += 1
+    return choice
+
+
+def draw(logits, chance, temperature, top_k, top_p):
+    """Logits (R, V), chance (R,) -> (R,): the likeliest symbols, with temperature, drawn by their probability."""
     order = np.argsort(-logits, axis=1, kind="stable")
     if temperature == 0:
         return order[:, 0]
     ranked = np.take_along_axis(logits, order, 1) / temperature
     share = np.exp(ranked - ranked[:, :1])
     share /= share.sum(1, keepdims=True)
-    before = np.cumsum(share, 1) - share
-    share[before >= top_p] = 0  # nucleus sampling (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751)
-    if top_k:
-        share[:, top_k:] = 0
+    share[np.cumsum(share, 1) - share >= top_p] = 0  # nucleus (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751)
+    share[:, top_k or share.shape[1]:] = 0
     place = (np.cumsum(share, 1) <= (chance * share.sum(1))[:, None]).sum(1)
     return order[np.arange(len(order)), np.minimum(place, (share > 0).sum(1) - 1)]
+
+
+# --- the grammar of constrained sampling: the notation that section 4 writes, symbol by symbol
+
+METRES = {f"{n}/{d}": 4 * BEAT * n // d for d in (1, 2, 4, 8, 16, 32) for n in range(1, min(4 * d, 64) + 1)
+          if n / d >= 1 / 8}
+TEMPOS = [f"1/4={qpm}" for qpm in range(1, 1_000)]
+OCTAVES = ["", *(f" octave={octave}" for octave in range(-4, 5) if octave)]
+HEADER = {  # what comes in which order, and what follows it; "" where a line may be missing
+    "X": (frozenset(f"X:1\nL:1/{n}\n" for n in UNITS), "M"), "M": (frozenset(f"M:{m}\n" for m in METRES), "Q"),
+    "Q": (frozenset(f"Q:{q}\n" for q in TEMPOS), "K"), "K": (frozenset(f"K:{k}\n" for k in KEYS + MINOR), "V"),
+    "program": (frozenset(["", *(f"%%MIDI program {n}\n" for n in range(1, 128))]), "channel"),
+    "channel": (frozenset(["", f"%%MIDI channel 10\nK:{KEYS[DRUM_KEY]}\n"]), "unit"),
+    "unit": (frozenset(["", *(f"L:1/{n}\n" for n in UNITS)]), "V")}
+NEW_METRE, NEW_TEMPO = frozenset(f"[M:{m}]" for m in METRES), frozenset(f"[Q:{q}]" for q in TEMPOS)
+SILENCE, TRIPLETS = frozenset(f"Z{n}|" for n in range(1, 100)), frozenset(["(3", *(f"(3::{n}" for n in (2, 4, 5, 6))])
+THE_END = "\0"  # stands for the end token among the symbols
+
+
+@functools.lru_cache(maxsize=4096)
+def note_names(sharps, octave, banned):
+    """The names of all notes of a voice but those of the pitches banned."""
+    names = [mark + letter + marks * n for mark in ("", *MARKS.values()) for letter in LETTERS + LETTERS.lower()
+             for marks in (",'"[letter.islower()],) for n in range(6)]
+    return frozenset(name for name in names if 0 < chord_value(name, sharps, octave)[0][0] < 127  # ends: out of range
+                     and chord_value(name, sharps, octave)[0][0] not in banned)
+
+
+@functools.lru_cache(maxsize=4096)
+def note_lengths(unit, left, events=0, beat=0):
+    """{text: ticks as written} of the lengths that leave a bar, or a beat of triplets with `events` to come, fillable."""
+    ticks = range(3, left + 1, 3) if not events else [beat] if events == 1 else range(12, beat - 12 * (events - 1) + 1, 12)
+    return {length_text(t, unit): t for t in ticks}
+
+
+@functools.lru_cache(maxsize=4096)
+def prefixes(symbols):
+    return frozenset(symbol[:n] for symbol in symbols for n in range(1, len(symbol) + 1))
+
+
+class Place(NamedTuple):
+    """Where a text stands: what it said and what it still owes."""
+    at: str = "X"  # the kind of symbol that comes next
+    header: str = ""
+    voices: tuple = ()  # (unit in ticks, sharps, octave) of each
+    metre: int = 0  # ticks of a bar
+    bar: int = 0
+    due: tuple = ()  # the next bar that each voice has to write
+    voice: int = -1  # the one being written
+    layer: int = 0
+    left: int = 0  # ticks left in the layer
+    tuplet: tuple = ()  # (events, written ticks) left of a beat of triplets
+    head: str = ""  # the note or chord whose length comes next
+    held: str = ""  # the note or chord that a tie demands next
+    owed: tuple = ()  # (voice, layer, head): ties from the bar before
+    ties: tuple = ()  # the same, into the next bar
+    used: frozenset = frozenset()  # (layer, pitch, tied) so far in the bar of this voice
+
+    def symbols(self, closing):
+        """Sets of the symbols that may come next; `closing` leaves the shortest way to the end."""
+        at, v = self.at, self.voice
+        if at in HEADER:
+            return [HEADER[at][0]]
+        if at == "V":
+            n = self.header.count("V:")
+            return [frozenset(f"V:{n + 1}{octave}\n" for octave in OCTAVES if n < 64 and not (n and closing)),
+                    frozenset(f"[V:{k + 1}]" for k in range(n))]
+        if at in ("line", "metre", "tempo", "next"):  # no line may pass by a voice that owes a note
+            last = min(self.owed, default=(-1 if closing and at in ("line", "next") else len(self.voices) - 1,))[0]
+            return [frozenset(f"[V:{k + 1}]" for k in range(v + 1, last + 1)),
+                    frozenset({"line": THE_END, "next": "\n"}.get(at, "") if not self.owed else ""),
+                    *([NEW_METRE] if at == "line" and not closing else []),
+                    *([NEW_TEMPO] if at in ("line", "metre") and not closing else [])]
+        if at == "silence":
+            return [frozenset("\n")]
+        if at == "bar" and self.bar > self.due[v]:
+            return [frozenset([f"Z{self.bar - self.due[v]}|"])]
+        if at == "end":
+            more = any(voice == v and layer > self.layer for voice, layer, _ in self.owed)
+            return [frozenset("&" if more else "|" if closing or self.layer + 1 == MAX_LAYERS else "&|")]
+        others = [(pitch, tied) for layer, pitch, tied in self.used if layer != self.layer]
+        if at == "length":  # a tie that another layer could take up would be none
+            lengths = list(note_lengths(self.voices[v][0], self.left, *self.tuplet))
+            free = self.head != "z" and not closing and not {pitch for pitch, _ in others} & set(self.pitches(self.head))
+            return [frozenset(lengths + [length + "-" for length in lengths] * free)]
+        banned = frozenset([*(pitch for pitch, tied in others if tied), *self.pitches(self.head)])
+        names = frozenset([self.held]) if self.held else note_names(*self.voices[v][1:], banned)
+        if at == "chord":
+            return [names, frozenset("]" * (self.head.count("[") < len(self.pitches(self.head))))]
+        triplet = not self.tuplet and self.left >= BEAT and (self.metre - self.left) % BEAT == 0
+        return [names, frozenset("" if self.held else "z["), TRIPLETS if triplet else frozenset(),
+                SILENCE if at == "bar" and v == 0 and not self.owed and not self.held and not closing else frozenset()]
+
+    def pitches(self, head):
+        return chord_value(head, *self.voices[self.voice][1:])[0]
+
+    def after(self, symbol):
+        """The place behind a symbol."""
+        at, move = self.at, self._replace
+        if at in HEADER or at == "V" and symbol[0] == "V":
+            return move(at=HEADER[at][1] if at in HEADER else "program", header=self.header + symbol)
+        if symbol[:3] == "[V:":
+            place = self.read_header() if at == "V" else self
+            return place.open_layer(int(symbol[3:-1]) - 1, 0, "bar")
+        if symbol in NEW_TEMPO or symbol in NEW_METRE:
+            return move(at="tempo") if symbol in NEW_TEMPO else move(at="metre", metre=METRES[symbol[3:-1]])
+        if symbol == "\n":
+            return move(at="line", bar=self.bar + 1, voice=-1, owed=self.ties, ties=())
+        if symbol[:1] == "Z" and self.bar > self.due[self.voice]:
+            return move(at="event", due=self.due_at(self.bar))
+        if symbol in SILENCE:
+            end = self.bar + int(symbol[1:-1])
+            return move(at="silence", bar=end - 1, due=self.due_at(end))
+        if symbol == "|":
+            return move(at="next", due=self.due_at(self.bar + 1))
+        if symbol == "&":
+            return self.open_layer(self.voice, self.layer + 1, "event")
+        if symbol in TRIPLETS:
+            return move(at="event", tuplet=(int(symbol[-1]), BEAT * 3 // 2))
+        if at == "chord" or symbol == "[":
+            return move(at="length" if symbol == "]" else "chord", head=self.head + symbol)
+        return move(at="length", head=symbol, held="") if at in ("bar", "event") else self.after_length(symbol)
+
+    def after_length(self, symbol):
+        tied = symbol.endswith("-")
+        ticks = note_lengths(self.voices[self.voice][0], self.left, *self.tuplet)[symbol.rstrip("-")]
+        left = self.left - (ticks * 2 // 3 if self.tuplet else ticks)
+        events, beat = self.tuplet or (1, 0)
+        return self._replace(
+            at="event" if left else "end", left=left, head="", held=self.head if tied and left else "",
+            tuplet=(events - 1, beat - ticks) if events > 1 else (),
+            ties=self.ties + ((self.voice, self.layer, self.head),) * (tied and not left),
+            used=self.used | {(self.layer, pitch, tied) for pitch in self.pitches(self.head)})
+
+    def due_at(self, bar):
+        return self.due[:self.voice] + (bar,) + self.due[self.voice + 1:]
+
+    def open_layer(self, voice, layer, at):
+        place = self._replace(at=at, voice=voice, layer=layer, left=self.metre)
+        used = frozenset((k, p, True) for v, k, head in self.owed if v == voice for p in place.pitches(head))
+        return place._replace(
+            used=self.used if layer else used, owed=tuple(tie for tie in self.owed if tie[:2] != (voice, layer)),
+            held=next((head for v, k, head in self.owed if (v, k) == (voice, layer)), ""))
+
+    def read_header(self):
+        unit, metre, key = re.search(r"L:1/(\d+)\nM:(.*)\nQ:.*\nK:(.*)\n", self.header).groups()
+        voices = []
+        for part in self.header.split("V:")[1:]:
+            own, octave = re.search(r"L:1/(\d+)", part), re.search(r"octave=(-?\d)", part)
+            voices.append((4 * BEAT // int(own[1] if own else unit), key_sharps(KEYS[DRUM_KEY] if "K:" in part else key),
+                           int(octave[1]) if octave else 0))
+        return self._replace(voices=tuple(voices), due=(0,) * len(voices), metre=METRES[metre])
+
+
+class Grammar:
+    """Follows a tune as it is written and says which characters may come next, so that it can still become whole:
+    every bar adds up, every bracket, tuplet and tie is closed, and after max_chars the shortest way leads to the end."""
+
+    def __init__(self, vocab, prompt, max_chars):
+        self.chars = [THE_END if i == END else char if i > UNKNOWN else None for i, char in enumerate(vocab.chars)]
+        self.place, self.symbol, self.room, self.forced = Place(), "", max_chars + len(prompt), 0
+        self.closing = False  # as it was when the symbol began
+        for i, n in enumerate(vocab.encode(prompt)):
+            need(self.feed(n), f"constrained sampling goes on only from the converter's notation, which the prompt leaves "
+                               f"with {prompt[max(0, i - 20):i + 1]!r}")
+
+    def follow(self, char):
+        """(place, beginning of a symbol) behind a character; None where it may not come."""
+        place, symbol = self.place, self.symbol
+        while char:
+            sets = place.symbols(self.closing if symbol else self.room <= 0)
+            if any(symbol + char in prefixes(some) for some in sets):
+                return place, symbol + char
+            if not any(symbol in some for some in sets):
+                return None
+            place, symbol = place.after(symbol), ""
+
+    def feed(self, n):
+        """Go on by the character with id n; False, and nothing changes, where it may not come."""
+        found = self.follow(self.chars[n])
+        if found:
+            self.closing = self.closing if found[1] == self.symbol + self.chars[n] else self.room <= 0
+            self.place, self.symbol = found
+            self.room -= 1
+        return bool(found)
+
+    def allowed(self):
+        """(V,) bool: which characters may come next."""
+        return np.array([self.follow(char) is not None for char in self.chars])
 
 
 def check_abc(text, ended=True):
@@ -3821,6 +4061,9 @@ def write_samples(best, cfg):
 
 
 HEADER_PROMPT = "X:1\nL:1/8\nM:3/4\n"  # what prompted samples begin with: a waltz
+
+
+
 
 
 # ============================================================================================================
