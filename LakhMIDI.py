@@ -3777,24 +3777,24 @@ METRES = {f"{n}/{d}": 4 * BEAT * n // d for d in (1, 2, 4, 8, 16, 32) for n in r
           if n / d >= 1 / 8}
 TEMPOS = [f"1/4={qpm}" for qpm in range(1, 1_000)]
 OCTAVES = ["", *(f" octave={octave}" for octave in range(-4, 5) if octave)]
+PROGRAMS, DRUMS = ["", *(f"%%MIDI program {n}\n" for n in range(1, 128))], f"%%MIDI channel 10\nK:{KEYS[DRUM_KEY]}\n"
 HEADER = {  # what comes in which order, and what follows it; "" where a line may be missing
     "X": (frozenset(f"X:1\nL:1/{n}\n" for n in UNITS), "M"), "M": (frozenset(f"M:{m}\n" for m in METRES), "Q"),
     "Q": (frozenset(f"Q:{q}\n" for q in TEMPOS), "K"), "K": (frozenset(f"K:{k}\n" for k in KEYS + MINOR), "V"),
-    "program": (frozenset(["", *(f"%%MIDI program {n}\n" for n in range(1, 128))]), "channel"),
-    "channel": (frozenset(["", f"%%MIDI channel 10\nK:{KEYS[DRUM_KEY]}\n"]), "unit"),
+    "sound": (frozenset([*PROGRAMS, *(program + DRUMS for program in PROGRAMS)]), "unit"),
     "unit": (frozenset(["", *(f"L:1/{n}\n" for n in UNITS)]), "V")}
 NEW_METRE, NEW_TEMPO = frozenset(f"[M:{m}]" for m in METRES), frozenset(f"[Q:{q}]" for q in TEMPOS)
 SILENCE, TRIPLETS = frozenset(f"Z{n}|" for n in range(1, 100)), frozenset(["(3", *(f"(3::{n}" for n in (2, 4, 5, 6))])
+MAX_CHORD = 12  # notes
 THE_END = "\0"  # stands for the end token among the symbols
 
 
 @functools.lru_cache(maxsize=4096)
-def note_names(sharps, octave, banned):
-    """The names of all notes of a voice but those of the pitches banned."""
-    names = [mark + letter + marks * n for mark in ("", *MARKS.values()) for letter in LETTERS + LETTERS.lower()
-             for marks in (",'"[letter.islower()],) for n in range(6)]
-    return frozenset(name for name in names if 0 < chord_value(name, sharps, octave)[0][0] < 127  # ends: out of range
-                     and chord_value(name, sharps, octave)[0][0] not in banned)
+def note_names(sharps, octave, banned, only=frozenset(range(1, 127)), tie=""):
+    """All names of the pitches `only` but not of those banned, in a voice. (0 and 127 also stand for what is beyond.)"""
+    names = [mark + letter + marks for mark in ("", *MARKS.values()) for letter in LETTERS + LETTERS.lower()
+             for marks in [",'"[letter.islower()] * n for n in range(6)]]
+    return frozenset(name + tie for name in names if chord_value(name, sharps, octave)[0][0] in only - banned)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -3822,9 +3822,9 @@ class Place(NamedTuple):
     left: int = 0  # ticks left in the layer
     tuplet: tuple = ()  # (events, written ticks) left of a beat of triplets
     head: str = ""  # the note or chord whose length comes next
-    held: str = ""  # the note or chord that a tie demands next
-    owed: tuple = ()  # (voice, layer, head): ties from the bar before
-    ties: tuple = ()  # the same, into the next bar
+    held: frozenset = frozenset()  # pitches that a tie demands next
+    owed: frozenset = frozenset()  # (voice, pitch): ties from the bar before, to be taken up where the bar begins
+    ties: frozenset = frozenset()  # the same, into the next bar
     used: frozenset = frozenset()  # (layer, pitch, tied) so far in the bar of this voice
 
     def symbols(self, closing):
@@ -3846,21 +3846,27 @@ class Place(NamedTuple):
             return [frozenset("\n")]
         if at == "bar" and self.bar > self.due[v]:
             return [frozenset([f"Z{self.bar - self.due[v]}|"])]
+        mine = frozenset(pitch for voice, pitch in self.owed if voice == v)
         if at == "end":
-            more = any(voice == v and layer > self.layer for voice, layer, _ in self.owed)
-            return [frozenset("&" if more else "|" if closing or self.layer + 1 == MAX_LAYERS else "&|")]
+            return [frozenset("&" if mine else "|" if closing or self.layer + 1 == MAX_LAYERS else "&|")]
         others = [(pitch, tied) for layer, pitch, tied in self.used if layer != self.layer]
+        at_start, here = self.left == self.metre, frozenset(self.pitches(self.head))
+        untied = frozenset(pitch for pitch, _ in others) | (frozenset() if at_start else mine)
         if at == "length":  # a tie that another layer could take up would be none
             lengths = list(note_lengths(self.voices[v][0], self.left, *self.tuplet))
-            free = self.head != "z" and not closing and not {pitch for pitch, _ in others} & set(self.pitches(self.head))
-            return [frozenset(lengths + [length + "-" for length in lengths] * free)]
-        banned = frozenset([*(pitch for pitch, tied in others if tied), *self.pitches(self.head)])
-        names = frozenset([self.held]) if self.held else note_names(*self.voices[v][1:], banned)
+            ties = self.head != "z" and "-" not in self.head and not closing and not untied & here
+            return [frozenset(lengths + [length + "-" for length in lengths] * ties)]
+        must = self.held or (mine if at_start and (closing or self.layer + 1 == MAX_LAYERS) else frozenset())
+        names = functools.partial(note_names, *self.voices[v][1:])
+        banned = here | frozenset(pitch for pitch, tied in others if tied)
         if at == "chord":
-            return [names, frozenset("]" * (self.head.count("[") < len(self.pitches(self.head))))]
+            full = {"only": must - here} if len(here) >= MAX_CHORD or closing and must - here else {}
+            return [names(banned, **full), frozenset() if closing else names(banned | untied, **full, tie="-"),
+                    frozenset("]" if len(here) > 1 and must <= here else "")]
         triplet = not self.tuplet and self.left >= BEAT and (self.metre - self.left) % BEAT == 0
-        return [names, frozenset("" if self.held else "z["), TRIPLETS if triplet else frozenset(),
-                SILENCE if at == "bar" and v == 0 and not self.owed and not self.held and not closing else frozenset()]
+        return [names(banned, **({"only": must} if must else {})) if len(must) < 2 else frozenset(),
+                frozenset("[" if must else "z["), TRIPLETS if triplet else frozenset(),
+                SILENCE if at == "bar" and v == 0 and not self.owed and not closing else frozenset()]
 
     def pitches(self, head):
         return chord_value(head, *self.voices[self.voice][1:])[0]
@@ -3869,14 +3875,14 @@ class Place(NamedTuple):
         """The place behind a symbol."""
         at, move = self.at, self._replace
         if at in HEADER or at == "V" and symbol[0] == "V":
-            return move(at=HEADER[at][1] if at in HEADER else "program", header=self.header + symbol)
+            return move(at=HEADER[at][1] if at in HEADER else "sound", header=self.header + symbol)
         if symbol[:3] == "[V:":
             place = self.read_header() if at == "V" else self
             return place.open_layer(int(symbol[3:-1]) - 1, 0, "bar")
         if symbol in NEW_TEMPO or symbol in NEW_METRE:
             return move(at="tempo") if symbol in NEW_TEMPO else move(at="metre", metre=METRES[symbol[3:-1]])
         if symbol == "\n":
-            return move(at="line", bar=self.bar + 1, voice=-1, owed=self.ties, ties=())
+            return move(at="line", bar=self.bar + 1, voice=-1, owed=self.ties, ties=frozenset())
         if symbol[:1] == "Z" and self.bar > self.due[self.voice]:
             return move(at="event", due=self.due_at(self.bar))
         if symbol in SILENCE:
@@ -3890,28 +3896,26 @@ class Place(NamedTuple):
             return move(at="event", tuplet=(int(symbol[-1]), BEAT * 3 // 2))
         if at == "chord" or symbol == "[":
             return move(at="length" if symbol == "]" else "chord", head=self.head + symbol)
-        return move(at="length", head=symbol, held="") if at in ("bar", "event") else self.after_length(symbol)
+        return move(at="length", head=symbol, held=self.held) if at in ("bar", "event") else self.after_length(symbol)
 
     def after_length(self, symbol):
-        tied = symbol.endswith("-")
+        events, beat = self.tuplet or (1, 0)
         ticks = note_lengths(self.voices[self.voice][0], self.left, *self.tuplet)[symbol.rstrip("-")]
         left = self.left - (ticks * 2 // 3 if self.tuplet else ticks)
-        events, beat = self.tuplet or (1, 0)
+        pitches, inner, _ = chord_value(self.head, *self.voices[self.voice][1:])
+        tied = frozenset(pitch for pitch, tie in zip(pitches, inner, strict=True) if tie or symbol[-1:] == "-")
         return self._replace(
-            at="event" if left else "end", left=left, head="", held=self.head if tied and left else "",
+            at="event" if left else "end", left=left, head="", held=tied if left else frozenset(),
             tuplet=(events - 1, beat - ticks) if events > 1 else (),
-            ties=self.ties + ((self.voice, self.layer, self.head),) * (tied and not left),
-            used=self.used | {(self.layer, pitch, tied) for pitch in self.pitches(self.head)})
+            owed=self.owed - {(self.voice, pitch) for pitch in pitches if self.left == self.metre},
+            ties=self.ties | {(self.voice, pitch) for pitch in tied if not left},
+            used=self.used | {(self.layer, pitch, pitch in tied) for pitch in pitches})
 
     def due_at(self, bar):
         return self.due[:self.voice] + (bar,) + self.due[self.voice + 1:]
 
     def open_layer(self, voice, layer, at):
-        place = self._replace(at=at, voice=voice, layer=layer, left=self.metre)
-        used = frozenset((k, p, True) for v, k, head in self.owed if v == voice for p in place.pitches(head))
-        return place._replace(
-            used=self.used if layer else used, owed=tuple(tie for tie in self.owed if tie[:2] != (voice, layer)),
-            held=next((head for v, k, head in self.owed if (v, k) == (voice, layer)), ""))
+        return self._replace(at=at, voice=voice, layer=layer, left=self.metre, used=self.used if layer else frozenset())
 
     def read_header(self):
         unit, metre, key = re.search(r"L:1/(\d+)\nM:(.*)\nQ:.*\nK:(.*)\n", self.header).groups()
