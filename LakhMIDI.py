@@ -3744,14 +3744,15 @@ def continue_rows(model, rows, room, grammars, vocab, chance, rule):
 
 
 def window_after(tokens, seq_len, vocab):
-    """(R, n) tokens of tunes -> what a model reads to go on: all of them, or from beyond a window on half a window."""
+    """(R, n) tokens of tunes -> what a model reads to go on: all of them, or what the rule of sample() leaves."""
     n, half = tokens.shape[1], seq_len // 2
     if n <= seq_len:
         return tokens
+    renewed = n - (n - seq_len - 1) % (seq_len - half + 1)  # when the window was full the last time
     newline, bracket = vocab.encode("\n[")
-    music = (tokens[:, :-1] == newline) & (tokens[:, 1:] == bracket)
+    music = (tokens[:, :renewed - 1] == newline) & (tokens[:, 1:renewed] == bracket)
     header = np.minimum(np.where(music.any(1), music.argmax(1) + 1, 0), half * 3 // 4)
-    return np.stack([np.append(row[:h], row[n - half + h:]) for row, h in zip(tokens, header, strict=True)])
+    return np.stack([np.append(row[:h], row[renewed - half + h:]) for row, h in zip(tokens, header, strict=True)])
 
 
 def pick(logits, chance, rule, grammars):
@@ -4172,8 +4173,8 @@ STEP_CODES = np.random.default_rng(0).integers(2**63, size=256, dtype=np.uint64)
 
 # --- loss where it matters
 
-KIND = re.compile(r"(?P<header>\0[^\[]*)|(?P<voice_tag>\[V:\d+\])|(?P<other>\[[A-Z]:[^]]*\]|\(\d(::\d)?)|(?P<accidental>[_^=]+)"
-                  r"|(?P<pitch>[A-Ga-g][,']*)|(?P<length>[\d/]+)|(?P<rest>[zZ])|(?P<bar>[|\n]+)|(?P<end>\1)")
+KIND = re.compile(r"(?P<header>\0[^\[]*)|(?P<voice_tag>\[V:\d+\])|(?P<other>\[[A-Z]:[^]]*\]|\(\d(?:::\d)?)|(?P<accidental>[_^=]+)"
+                  r"|(?P<pitch>[A-Ga-g][,']*)|(?P<length>[\d/]+)|(?P<rest>[zZ])|(?P<bar>[|\n]+)|(?P<end>\x01)")
 KINDS = ("header", "pitch", "accidental", "length", "rest", "bar", "voice_tag", "end", "other")  # other: chords, ties, tuplets ...
 
 
@@ -4217,52 +4218,67 @@ def opening(text, most):
 
 
 def write_music(rows, best, cfg):
-    """[{"run", "kind", "prompt", "text", "ended"}]: new tunes of every model, and real ones that no model has seen."""
-    held_out = [read_abc_file({"abc": tune["file"] + ".abc"}, cfg) for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl")
-                if tune["split"] == "test" and not tune["unknown"]][:cfg.samples]
-    tunes = [{"run": "real", "kind": "real", "prompt": "", "text": text[:cfg.sample_chars],
-              "ended": len(text) <= cfg.sample_chars, "forced": 0} for text in held_out]
+    """Yields lists of {"run", "kind", "prompt", "text", "ended", "forced"}: real tunes that no model has seen, then new
+    ones of every model."""
+    held_out = [tune for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl") if tune["split"] == "test" and not tune["unknown"]]
+    real = [read_abc_file({"abc": f"{tune['file']}.abc"}, cfg) for tune in held_out[:cfg.samples]]
+    yield [{"run": "real", "kind": "real", "prompt": "", "text": text[:cfg.sample_chars], "forced": 0,
+            "ended": len(text) <= cfg.sample_chars} for text in real]
     for row in progress(rows, "samples", unit="model"):
         model, vocab, _ = load(Path(cfg.SAVE_DIR, row["checkpoint"]), cfg.device)
         n = cfg.samples if row is best else min(cfg.samples, 100)
         wanted = [("unprompted", "")] * n + [("constrained", "")] * n
-        wanted += [("prompted", opening(text, cfg.sample_chars // 2)) for text in held_out] if row is best else []
+        wanted += [("prompted", opening(text, cfg.sample_chars // 2)) for text in real] if row is best else []
         found = sample(model, vocab, [prompt for _, prompt in wanted], max_chars=cfg.sample_chars, top_p=cfg.TOP_P,
                        temperature=cfg.TEMPERATURE, seed=cfg.SEED, constrained=[kind == "constrained" for kind, _ in wanted])
-        tunes += [{"run": row["run"], "kind": kind, "prompt": prompt, **tune}
-                  for (kind, prompt), tune in zip(wanted, found, strict=True)]
+        yield [{"run": row["run"], "kind": kind, "prompt": prompt, **tune}
+               for (kind, prompt), tune in zip(wanted, found, strict=True)]
+
+
+def name_shown(tunes, best, cfg):
+    """Adds "name" and "shown", the folder that a tune is written to: of the best model the first SHOWN of each kind, of
+    the others and the real ones the first. They are not selected."""
+    count = Counter()
+    for tune in tunes:
+        count[tune["kind"]] += 1
+        tune["name"] = f"{tune['run']}_{tune['kind']}_{count[tune['kind']]:02d}"
+        if tune["run"] == best["run"]:
+            tune["shown"] = "best_samples" if count[tune["kind"]] <= cfg.SHOWN else ""
+        else:
+            tune["shown"] = "samples" if count[tune["kind"]] == 1 and tune["kind"] != "constrained" else ""
     return tunes
 
 
-def judge(tune):
-    """In a worker: the verdict on a tune, its metrics and its melody."""
-    parsed = read_abc(tune["text"] if tune["ended"] else whole_bars(tune["text"]))
+def judge(tune, cfg):
+    """In a worker: the verdict on a tune, its metrics and its melody; writes the files of those that are shown."""
+    text = tune["text"] if tune["ended"] else whole_bars(tune["text"])
+    if tune["shown"]:
+        write_tune(Path(cfg.SAVE_DIR, tune["shown"], tune["name"]), text, score=tune["shown"] == "best_samples")
+    parsed = read_abc(text)
     return {"check": check_abc(tune["text"], tune["ended"], tune["prompt"]), "metrics": music_metrics(parsed),
             "melody": melody(parsed.notes, np.array([drum for _, drum in parsed.voices]))}
 
 
-def in_workers(function, items, cfg, timeout=60):
-    """The results of function(item), in order; the slug of what happened where a worker hung or died."""
+def judge_all(groups, best, cfg):
+    """All tunes of the groups with "check", "metrics" and "longest_run"; judged by workers while more are sampled."""
+    melodies, judged = [], []
     with ProcessPool(max_workers=cfg.workers) as pool:
-        results = pool.map(function, items, timeout=timeout).result()
-        for _ in progress(items, function.__name__, unit="tune"):
-            try:
-                yield next(results)
-            except (TimeoutError, ProcessExpired) as error:
-                yield {TimeoutError: "timeout"}.get(type(error), "crashed")
-
-
-def judge_all(tunes, cfg):
-    """Adds "check", "metrics" and "longest_run" to each tune."""
-    melodies = []
-    for tune, found in zip(tunes, in_workers(judge, tunes, cfg), strict=True):
-        if isinstance(found, str):
-            found = {"check": {"valid": False, "reasons": [found], "notes": 0, "pitches": 0, "bars": 0, "bad_bars": 0}, "metrics": {},
-                     "melody": np.zeros(1, np.uint8)}
-        melodies.append(found.pop("melody"))
-        tune.update(found)
-    for tune, run in zip(tunes, longest_runs(melodies, training_melodies(cfg)), strict=True):
+        waiting = [(tunes, pool.map(judge, name_shown(tunes, best, cfg), [cfg] * len(tunes), timeout=60))
+                   for tunes in groups]
+        for tunes, future in progress(waiting, "judged", unit="model"):
+            results = future.result()
+            for tune in tunes:
+                try:
+                    found = next(results)
+                except (TimeoutError, ProcessExpired) as error:
+                    reason = "timeout" if isinstance(error, TimeoutError) else "crashed"
+                    found = {"check": {"valid": False, "reasons": [reason], "notes": 0, "pitches": 0, "bars": 0,
+                                       "bad_bars": 0}, "metrics": {}, "melody": np.zeros(1, np.uint8)}
+                melodies.append(found.pop("melody"))
+                judged.append({**tune, **found})
+    for tune, run in zip(judged, longest_runs(melodies, training_melodies(cfg)), strict=True):
         tune["longest_run"] = int(run)
+    return judged
 
 
 def bootstrap_mean(values, draws, rng):
@@ -4289,6 +4305,9 @@ def summary_of(tunes, real_limit, cfg):
             "forced_share": float(np.median([t["forced"] / max(1, len(t["text"]) - len(t["prompt"])) for t in tunes]))}
 
 
+SAMPLE_FOLDERS = ("best_samples", "samples")
+
+
 @stage(version=2, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP", after=fit, root="SAVE_DIR")
 def evaluate(cfg):
     """Test losses of every model, and its tunes: judged, measured against real music, searched for copies, shown."""
@@ -4296,13 +4315,16 @@ def evaluate(cfg):
     rows = [row for row in read_json(save / "scaling_results.json")["runs"] if row["main"]]
     best, vocab = min(rows, key=lambda row: row["val_loss"]), read_vocab(cfg)
     test = read_tokens("test", vocab, cfg)
-    tested, tunes = test_losses(rows, test, vocab, cfg), write_music(rows, best, cfg)
-    judge_all(tunes, cfg)
+    for folder in SAMPLE_FOLDERS:
+        shutil.rmtree(save / folder, ignore_errors=True)
+        (save / folder).mkdir()
+    tested, tunes = test_losses(rows, test, vocab, cfg), judge_all(write_music(rows, best, cfg), best, cfg)
     groups = {}
     for tune in tunes:
         groups.setdefault((tune["run"], tune["kind"]), []).append(tune)
     limit = float(np.quantile([tune["longest_run"] for tune in groups["real", "real"]], 0.95))
-    write_samples(groups, best, cfg)
+    for folder in SAMPLE_FOLDERS:
+        write_json(save / folder / "metadata.json", [tune for tune in tunes if tune["shown"] == folder])
     write_jsonl(save / "samples.jsonl", tunes)
     table = [summary_of(group, limit, cfg) for group in groups.values()]
     write_json(save / "evaluation.json", {"models": tested, "best": best["run"], "test_chars": len(test) - 1,
@@ -4318,36 +4340,15 @@ def evaluate(cfg):
 AUDIO_SECONDS, AUDIO_RATE = 30, 22_050
 
 
-def write_samples(groups, best, cfg):
-    """The first tunes of each kind by the best model in best_samples/, the first of every other in samples/: not selected."""
-    folders = {name: Path(cfg.SAVE_DIR, name) for name in ("best_samples", "samples")}
-    jobs, told = [], {name: [] for name in folders}
-    for (run, kind), tunes in groups.items():
-        home = "best_samples" if run == best["run"] else "samples"
-        if home == "samples" and kind == "constrained":
-            continue
-        for i, tune in enumerate(tunes[:cfg.SHOWN if home == "best_samples" else 1], 1):
-            name = f"{run}_{kind}_{i:02d}" if run != "real" else f"real_{i:02d}"
-            told[home].append({"name": name, **{key: value for key, value in tune.items() if key != "text"}})
-            jobs.append((folders[home] / name, tune["text"] if tune["ended"] else whole_bars(tune["text"])))
-    for folder in folders.values():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    list(in_workers(write_tune, jobs, cfg))
-    for name, folder in folders.items():
-        write_json(folder / "metadata.json", told[name])
-
-
-def write_tune(job):
-    """(path without suffix, text) -> .abc, .mid, .mp3, .png with a piano roll, .svg with the score where one can be had."""
-    path, text = job
+def write_tune(path, text, score=False):
+    """ABC text -> path.abc, .mid, .mp3, .png with a piano roll and, where it can be had, .svg with the score."""
     write_text(f"{path}.abc", text)
     Path(f"{path}.mid").write_bytes(abc_to_midi(text))
     tune = read_abc(text)
     if len(tune.notes.pitch):
         soundfile.write(f"{path}.mp3", audio(text), AUDIO_RATE, bitrate_mode="VARIABLE", compression_level=0.8)
         draw_roll(tune).savefig(f"{path}.png", dpi=110)
-    if path.parent.name == "best_samples":
+    if score:
         with contextlib.suppress(Exception):  # music21 refuses some tunes that others read
             Path(f"{path}.svg").write_text(engrave(text), encoding="utf-8")
 
@@ -4426,7 +4427,7 @@ def compose(cfg, count, prompt="", constrained=False):
     for i, tune in enumerate(sample(model, vocab, [prompt] * count, max_chars=cfg.sample_chars, top_p=cfg.TOP_P,
                                     temperature=cfg.TEMPERATURE, seed=cfg.SEED, constrained=constrained), 1):
         path = folder / f"{best['run']}_{cfg.SEED}_{i:02d}"
-        write_tune((path, tune["text"] if tune["ended"] else whole_bars(tune["text"])))
+        write_tune(path, tune["text"] if tune["ended"] else whole_bars(tune["text"]))
         check = check_abc(tune["text"], tune["ended"], prompt)
         print(f"{path}.mid  {check['bars']} bars  {', '.join(check['reasons']) or 'valid'}")
 
