@@ -8,6 +8,7 @@ new music come out at the bottom. The file reads in the order in which the study
     python LakhMIDI.py --status                           what is done, what is stale
     python LakhMIDI.py --from train --STUDY cpu           part of it, with another knob (--help lists all)
     python LakhMIDI.py --plan 2h                          the best N and D for two hours, from the laws fitted
+    python LakhMIDI.py --sample 8 --prompt mine.mid       new music by the best model; the prompt may be ABC text, too
 
   stage      reads                     writes
   extract    ZIP, tar, folder, corpus  data_lakh/midi/, midi_index.json
@@ -15,7 +16,7 @@ new music come out at the bottom. The file reads in the order in which the study
   tokenize   report.jsonl, abc/        data_lakh/tokens/: train.bin val.bin test.bin vocab.json stats.json
   train      tokens/                   runs_lakh/: gpt_*.pt lstm_*.pt scaling_results.json training_curves.json
   fit        scaling_results.json      runs_lakh/: fits.json *_scaling.png
-  evaluate   checkpoints, tokens/      runs_lakh/: evaluation.json best_samples/
+  evaluate   checkpoints, tokens/      runs_lakh/: evaluation.json best_samples/ samples/ samples.jsonl
   report     every JSON above          runs_lakh/report.html
 
 A stage is a function of files: it is skipped while its knobs and inputs are what they were, and goes on where it was
@@ -60,7 +61,6 @@ import time
 import unicodedata
 import zipfile
 import zlib
-from bisect import bisect, bisect_left
 from collections import Counter
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -74,6 +74,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import jinja2
 import numpy as np
 import requests
+import soundfile
 import symusic
 import torch
 import torch.distributed as dist
@@ -192,8 +193,9 @@ class Cfg(metaclass=KnobType):
     MICRO_TOKENS = 0  # characters per forward pass; 0 = by the size of the model. Steps do not change, memory does
     SAVE_EVERY_S = 60.0  # seconds between checkpoints of a model in training
     # --- evaluation
-    SAMPLES = 12  # tunes written to best_samples/
-    SAMPLE_CHARS = 1_500  # a tune that has not ended by then is cut
+    SAMPLES = 0  # tunes of the best model that are judged, of each kind; 0 = 24 on a CPU, 500 on CUDA
+    SHOWN = 4  # tunes of each kind in best_samples/, with sound and picture
+    SAMPLE_CHARS = 0  # a tune that has not ended by then is cut at a bar line, and counted; 0 = 1,200, 4,000 on CUDA
     TEMPERATURE = 0.9  # of sampling
     BOOTSTRAP = 1_000  # draws behind the intervals of L(N, D)
     TOP_P = 0.98  # sample from the likeliest characters that hold this share of the probability
@@ -273,6 +275,14 @@ class Cfg(metaclass=KnobType):
     def batch(self):
         """Windows per optimiser step."""
         return self.batch_tokens // self.seq_len
+
+    @property
+    def samples(self):
+        return self.SAMPLES or (500 if self.device == "cuda" else 24)
+
+    @property
+    def sample_chars(self):
+        return self.SAMPLE_CHARS or (4_000 if self.device == "cuda" else 1_200)
 
     @property
     def steps(self):
@@ -1837,6 +1847,11 @@ def limit_worker():
         resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**29, mapped + 2**29))
 
 
+def abc_path(file, cfg):
+    """Where the text of a file relative to midi_root goes."""
+    return cfg.abc_root / f"{file.removesuffix('.abc')}.abc"
+
+
 def convert_all(files, cfg):
     """Yields the row of each file in order. A worker that crashes or hangs costs one file.
 
@@ -1855,7 +1870,7 @@ def convert_all(files, cfg):
     with ProcessPool(max_workers=cfg.workers, initializer=limit_worker) as pool:
         try:
             for file in files:
-                paths = cfg.midi_root / file, cfg.abc_root / f"{file.removesuffix('.abc')}.abc"
+                paths = cfg.midi_root / file, abc_path(file, cfg)
                 jobs.append(pool.schedule(convert_file, (*paths, cfg), timeout=cfg.CONVERT_TIMEOUT))
                 if len(jobs) > 64 * cfg.workers:  # enough to keep the others busy while one takes its time
                     yield oldest_row()
@@ -3692,83 +3707,360 @@ def draw_curves(families, curves):
 
 
 # ============================================================================================================
-# 9 Sample and evaluate: checkpoints, tokens/test.bin -> evaluation.json, best_samples/
+# 9 Sample and evaluate: checkpoints, tokens/test.bin -> evaluation.json, samples.jsonl, best_samples/, samples/
 # ============================================================================================================
 
 
+# --- sampling
+
 @torch.inference_mode()
-def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, top_p=1.0, seed=0):
-    """Continues each prompt to its end token, or by `max_chars` characters: [{"text", "ended"}], prompts included.
+def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, top_p=1.0, seed=0, constrained=False):
+    """Continues each prompt to its end token, or by `max_chars` characters.
 
-    All rows advance together, a row's own prompt overruling what is sampled for it, so that prompts of any lengths
-    share a batch. A character costs one step, since the model's state keeps what was read. When the window of
-    model.seq_len is full, its last half is read anew and the sampling goes on from there. Row i draws from a stream
-    of its own, (seed, i). temperature 0 takes the likeliest character. Raises UserError for unknown characters.
+    Returns [{"text", "ended", "forced"}], prompts included; "forced" counts the characters that a grammar chose.
+    A character costs one step, since the model's state keeps what was read. When the window of model.seq_len is full,
+    the model starts anew from half a window: the beginning of the tune's header, which says what the lengths and the
+    bars mean, and the newest characters. Row i draws from its own stream (seed, i), whatever else is in the batch.
+    temperature 0 takes the likeliest character. `constrained` (for all, or one for each prompt) keeps to the notation of
+    the converter, see Grammar.
+    Raises UserError for characters that the model does not know.
     """
-    rows = [np.concatenate([[START], vocab.encode(prompt)]) for prompt in prompts]
-    unknown = set("".join(prompts)) - set(vocab.chars)
-    need(not unknown, f"the prompt has characters that the model does not know: {sorted(unknown)}")
+    unknown = sorted(set("".join(prompts)) - set(vocab.chars[3:]))
+    need(not unknown, f"the prompt has characters that the model does not know: {' '.join(map(repr, unknown))}")
+    rows, tunes = [np.append(START, vocab.encode(prompt)) for prompt in prompts], []
+    bound = np.broadcast_to(constrained, len(rows))
+    total = max(map(len, rows), default=0) + max_chars + CLOSING_CHARS
+    for low in range(0, len(rows), SAMPLE_BATCH):
+        streams = range(low, min(low + SAMPLE_BATCH, len(rows)))
+        grammars = [Grammar(vocab, prompts[i], max_chars) if bound[i] else None for i in streams]
+        chance = np.stack([np.random.default_rng([seed, i]).random(total) for i in streams])
+        room = np.where(bound[streams], max_chars + CLOSING_CHARS, max_chars)
+        tokens, ends = continue_rows(model, [rows[i] for i in streams], room, grammars, vocab, chance,
+                                     (temperature, top_k, top_p))
+        tunes += [{"text": vocab.decode(row[1:end]), "ended": bool(end < len(row) and row[end] == END),
+                   "forced": grammar.forced if grammar else 0}
+                  for row, end, grammar in zip(tokens, ends, grammars, strict=True)]
+    return tunes
+
+
+SAMPLE_BATCH = 64  # tunes sampled side by side; it bounds the memory of the attention's keys and values
+CLOSING_CHARS = 1_000  # room that constrained sampling has to finish the bar after max_chars
+
+
+def continue_rows(model, rows, room, grammars, vocab, chance, rule):
+    """Rows of ids, characters to add at most (R,) -> (tokens (R, T), the place of each row's end). All rows advance together: a row's own prompt
+    overrules what is sampled for it. Rows that have ended leave the batch when the window is read anew."""
     given = np.array([len(row) for row in rows])
-    total = given.max() + max_chars
-    tokens = np.stack([np.pad(row, (0, total - len(row)), constant_values=END) for row in rows])
-    chance = np.stack([np.random.default_rng([seed, i]).random(total) for i in range(len(rows))])
-    device, done = next(model.parameters()).device, np.zeros(len(rows), bool)
-    state, start, filled = None, 0, given.min()
-    while not done.all():
-        if state is None or filled - start > model.seq_len:
-            start = read = max(0, filled - (model.seq_len if state is None else model.seq_len // 2))
-            state = model.empty_state(len(rows), model.seq_len)
-        logits, state = model(torch.from_numpy(tokens[:, read:filled]).to(device), state)
-        read = filled
-        choice = pick(logits[:, -1].float().cpu().numpy(), chance[:, filled], temperature, top_k, top_p)
-        writing = (filled >= given) & ~done
-        tokens[writing, filled] = choice[writing]
-        done |= writing & ((choice == END) | (filled + 1 >= given + max_chars))
+    tokens = np.full((len(rows), (given + room).max()), UNKNOWN)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[:len(ids)] = ids
+    device, ends = next(model.parameters()).device, given + room
+    live, held, state, filled = np.arange(len(rows)), 0, None, given.min()
+    while (ends > filled).any():
+        new = tokens[live, filled - 1:filled]
+        if state is None or held == model.seq_len:
+            live = np.flatnonzero(ends > filled)
+            new, held = window_after(tokens[live, :filled], model.seq_len, vocab), 0
+            state = model.empty_state(len(live), model.seq_len)
+        logits, state = model(torch.from_numpy(new).to(device), state)
+        held += new.shape[1]
+        writes = (filled >= given[live]) & (ends[live] > filled)
+        choice = pick(logits[:, -1].float().cpu().numpy(), chance[live, filled], rule,
+                      [grammars[i] if write else None for i, write in zip(live, writes, strict=True)])
+        tokens[live[writes], filled] = choice[writes]
+        ends[live[writes & (choice == END)]] = filled
         filled += 1
-    ends = [min([*np.flatnonzero(row[n:] == END) + n, n + max_chars]) for row, n in zip(tokens, given, strict=True)]
-    return [{"text": vocab.decode(row[1:end]), "ended": bool(end < n + max_chars)}
-            for row, n, end in zip(tokens, given, ends, strict=True)]
+    return tokens, ends
 
 
-def pick(logits, chance, temperature, top_k, top_p):
-    """One symbol per row: logits (B, V), chance (B,) in [0, 1) -> (B,). Never start or unknown."""
+def window_after(tokens, seq_len, vocab):
+    """(R, n) tokens of tunes -> what a model reads to go on: all of them, or what the rule of sample() leaves."""
+    n, half = tokens.shape[1], seq_len // 2
+    if n <= seq_len:
+        return tokens
+    renewed = n - (n - seq_len - 1) % (seq_len - half + 1)  # when the window was full the last time
+    newline, bracket = vocab.encode("\n[")
+    music = (tokens[:, :renewed - 1] == newline) & (tokens[:, 1:renewed] == bracket)
+    header = np.minimum(np.where(music.any(1), music.argmax(1) + 1, 0), half * 3 // 4)
+    return np.stack([np.append(row[:h], row[renewed - half + h:]) for row, h in zip(tokens, header, strict=True)])
+
+
+def pick(logits, chance, rule, grammars):
+    """One symbol per row: logits (R, V), chance (R,) in [0, 1) -> (R,). Never start or unknown.
+
+    Where a grammar refuses a symbol, the likeliest of those that it allows is taken.
+    """
     logits[:, [START, UNKNOWN]] = -np.inf
+    choice = draw(logits, chance, *rule)
+    for i, grammar in enumerate(grammars):
+        if grammar and not grammar.feed(choice[i]):
+            grammar.forced += 1
+            choice[i] = next((n for n in np.argsort(-logits[i]) if grammar.feed(n)), UNKNOWN)
+            need(choice[i] != UNKNOWN, "the model lacks a character that the notation needs; sample without constraint")
+    return choice
+
+
+def draw(logits, chance, temperature, top_k, top_p):
+    """Logits (R, V), chance (R,) -> (R,): the likeliest symbols, with temperature, drawn by their probability."""
     order = np.argsort(-logits, axis=1, kind="stable")
     if temperature == 0:
         return order[:, 0]
     ranked = np.take_along_axis(logits, order, 1) / temperature
     share = np.exp(ranked - ranked[:, :1])
     share /= share.sum(1, keepdims=True)
-    before = np.cumsum(share, 1) - share
-    share[before >= top_p] = 0  # nucleus sampling (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751)
-    if top_k:
-        share[:, top_k:] = 0
+    share[np.cumsum(share, 1) - share >= top_p] = 0  # nucleus (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751)
+    share[:, top_k or share.shape[1]:] = 0
     place = (np.cumsum(share, 1) <= (chance * share.sum(1))[:, None]).sum(1)
     return order[np.arange(len(order)), np.minimum(place, (share > 0).sum(1) - 1)]
 
 
-def check_abc(text, ended=True):
-    """Judges a tune strictly: {"valid", "reasons", "notes", "pitches", "bars"}; never raises.
+# --- the grammar of constrained sampling: the notation that section 4 writes, symbol by symbol
 
-    Valid means: it ended by itself, has a header, every bar adds up, every bracket, tie and tuplet is closed, there
-    are at least MIN_TUNE_NOTES notes of three pitches and more sound than silence, and abc2midi and music21 both read
-    the same number of notes from its strict export.
+METRES = {f"{n}/{d}": 4 * BEAT * n // d for d in UNITS for n in range(1, 65) if is_metre(n, d)}
+TEMPOS = [f"1/4={qpm}" for qpm in range(1, 1_000)]
+OCTAVES = ["", *(f" octave={octave}" for octave in range(-4, 5) if octave)]
+PROGRAMS, DRUMS = ["", *(f"%%MIDI program {n}\n" for n in range(1, 128))], f"%%MIDI channel 10\nK:{KEYS[DRUM_KEY]}\n"
+HEADER = {  # what comes in which order, and what follows it; "" where a line may be missing
+    "X": (frozenset(f"X:1\nL:1/{n}\n" for n in UNITS), "M"), "M": (frozenset(f"M:{m}\n" for m in METRES), "Q"),
+    "Q": (frozenset(f"Q:{q}\n" for q in TEMPOS), "K"), "K": (frozenset(f"K:{k}\n" for k in KEYS), "V"),
+    "sound": (frozenset([*PROGRAMS, *(program + DRUMS for program in PROGRAMS)]), "unit"),
+    "unit": (frozenset(["", *(f"L:1/{n}\n" for n in UNITS)]), "V")}
+NEW_METRE, NEW_TEMPO = frozenset(f"[M:{m}]" for m in METRES), frozenset(f"[Q:{q}]" for q in TEMPOS)
+SILENCE, TRIPLETS = frozenset(f"Z{n}|" for n in range(1, 100)), frozenset(["(3", *(f"(3::{n}" for n in (2, 4, 5, 6))])
+MAX_CHORD = 12  # notes
+THE_END = "\0"  # stands for the end token among the symbols
+
+
+@functools.lru_cache(maxsize=4096)
+def note_names(sharps, octave, banned, only=frozenset(range(12, 121)), tie=""):
+    """All names of the pitches `only`, here those that every reader takes, but not of those banned, in a voice."""
+    names = [mark + letter + marks for mark in ("", *MARKS.values()) for letter in LETTERS + LETTERS.lower()
+             for marks in [",'"[letter.islower()] * n for n in range(6)]]
+    return frozenset(name + tie for name in names if chord_value(name, sharps, octave)[0][0] in only - banned)
+
+
+@functools.lru_cache(maxsize=4096)
+def note_lengths(unit, left, events=0, beat=0):
+    """{text: ticks as written} of the lengths that leave a bar, or a beat of triplets with `events` to come, fillable."""
+    ticks = range(3, left + 1, 3) if not events else [beat] if events == 1 else range(12, beat - 12 * (events - 1) + 1, 12)
+    return {length_text(t, unit): t for t in ticks}
+
+
+@functools.lru_cache(maxsize=4096)
+def prefixes(symbols):
+    return frozenset(symbol[:n] for symbol in symbols for n in range(1, len(symbol) + 1))
+
+
+class Place(NamedTuple):
+    """Where a text stands: what it said and what it still owes."""
+    at: str = "X"  # the kind of symbol that comes next
+    header: str = ""
+    voices: tuple = ()  # (unit in ticks, sharps, octave) of each
+    metre: int = 0  # ticks of a bar
+    bar: int = 0
+    due: tuple = ()  # the next bar that each voice has to write
+    voice: int = -1  # the one being written
+    layer: int = 0
+    left: int = 0  # ticks left in the layer
+    tuplet: tuple = ()  # (events, written ticks) left of a beat of triplets
+    head: str = ""  # the note or chord whose length comes next
+    held: frozenset = frozenset()  # pitches that a tie demands next
+    owed: frozenset = frozenset()  # (voice, pitch): ties from the bar before, to be taken up where the bar begins
+    ties: frozenset = frozenset()  # the same, into the next bar
+    used: frozenset = frozenset()  # (layer, pitch, tied) so far in the bar of this voice
+
+    def symbols(self, closing):
+        """Sets of the symbols that may come next; `closing` leaves the shortest way to the end."""
+        at, v = self.at, self.voice
+        if at in HEADER:
+            return [HEADER[at][0]]
+        if at == "V":
+            n = self.header.count("V:")
+            return [frozenset(f"V:{n + 1}{octave}\n" for octave in OCTAVES if n < 64 and not (n and closing)),
+                    frozenset(f"[V:{k + 1}]" for k in range(n))]
+        if at in ("line", "metre", "tempo", "next"):  # no line may pass by a voice that owes a note
+            last = min(self.owed, default=(-1 if closing and at in ("line", "next") else len(self.voices) - 1,))[0]
+            return [frozenset(f"[V:{k + 1}]" for k in range(v + 1, last + 1)),
+                    frozenset({"line": THE_END, "next": "\n"}.get(at, "") if not self.owed else ""),
+                    *([NEW_METRE] if at == "line" and not closing else []),
+                    *([NEW_TEMPO] if at in ("line", "metre") and not closing else [])]
+        if at == "silence":
+            return [frozenset("\n")]
+        if at == "bar" and self.bar > self.due[v]:
+            return [frozenset([f"Z{self.bar - self.due[v]}|"])]
+        mine = frozenset(pitch for voice, pitch in self.owed if voice == v)
+        if at == "end":
+            return [frozenset("&" if mine else "|" if closing or self.layer + 1 == LAYERS else "&|")]
+        others = [(pitch, tied) for layer, pitch, tied in self.used if layer != self.layer]
+        at_start, here = self.left == self.metre, frozenset(self.pitches(self.head))
+        untied = frozenset(pitch for pitch, _ in others) | (frozenset() if at_start else mine)
+        if at == "length":  # a tie that another layer could take up would be none
+            lengths = list(note_lengths(self.voices[v][0], self.left, *self.tuplet))
+            ties = self.head != "z" and "-" not in self.head and not closing and not untied & here
+            return [frozenset(lengths + [length + "-" for length in lengths] * ties)]
+        must = self.held or (mine if at_start and (closing or self.layer + 1 == LAYERS) else frozenset())
+        names = functools.partial(note_names, *self.voices[v][1:])
+        banned = here | frozenset(pitch for pitch, tied in others if tied)
+        if at == "chord":
+            full = {"only": must - here} if len(here) >= MAX_CHORD or closing and must - here else {}
+            return [names(banned, **full), frozenset() if closing else names(banned | untied, **full, tie="-"),
+                    frozenset("]" if len(here) > 1 and must <= here else "")]
+        triplet = not self.tuplet and self.left >= BEAT and (self.metre - self.left) % BEAT == 0
+        return [names(banned, **({"only": must} if must else {})) if len(must) < 2 else frozenset(),
+                frozenset("[" if must else "z["), TRIPLETS if triplet else frozenset(),
+                SILENCE if at == "bar" and v == 0 and not self.owed and not closing else frozenset()]
+
+    def pitches(self, head):
+        return [pitch for pitch, _ in chord_value(head, *self.voices[self.voice][1:])]
+
+    def after(self, symbol):
+        """The place behind a symbol."""
+        at, move = self.at, self._replace
+        if at in HEADER or at == "V" and symbol[0] == "V":
+            return move(at=HEADER[at][1] if at in HEADER else "sound", header=self.header + symbol)
+        if symbol[:3] == "[V:":
+            place = self.read_header() if at == "V" else self
+            return place.open_layer(int(symbol[3:-1]) - 1, 0, "bar")
+        if symbol in NEW_TEMPO or symbol in NEW_METRE:
+            return move(at="tempo") if symbol in NEW_TEMPO else move(at="metre", metre=METRES[symbol[3:-1]])
+        if symbol == "\n":
+            return move(at="line", bar=self.bar + 1, voice=-1, owed=self.ties, ties=frozenset())
+        if symbol[:1] == "Z" and self.bar > self.due[self.voice]:
+            return move(at="event", due=self.due_at(self.bar))
+        if symbol in SILENCE:
+            end = self.bar + int(symbol[1:-1])
+            return move(at="silence", bar=end - 1, due=self.due_at(end))
+        if symbol == "|":
+            return move(at="next", due=self.due_at(self.bar + 1))
+        if symbol == "&":
+            return self.open_layer(self.voice, self.layer + 1, "event")
+        if symbol in TRIPLETS:
+            return move(at="event", tuplet=(int(symbol[-1]), BEAT * 3 // 2))
+        if at == "chord" or symbol == "[":
+            return move(at="length" if symbol == "]" else "chord", head=self.head + symbol)
+        return move(at="length", head=symbol, held=self.held) if at in ("bar", "event") else self.after_length(symbol)
+
+    def after_length(self, symbol):
+        events, beat = self.tuplet or (1, 0)
+        ticks = note_lengths(self.voices[self.voice][0], self.left, *self.tuplet)[symbol.rstrip("-")]
+        left = self.left - (ticks * 2 // 3 if self.tuplet else ticks)
+        notes = chord_value(self.head, *self.voices[self.voice][1:])
+        tied = frozenset(pitch for pitch, tie in notes if tie or symbol[-1:] == "-")
+        return self._replace(
+            at="event" if left else "end", left=left, head="", held=tied if left else frozenset(),
+            tuplet=(events - 1, beat - ticks) if events > 1 else (),
+            owed=self.owed - {(self.voice, pitch) for pitch, _ in notes if self.left == self.metre},
+            ties=self.ties | {(self.voice, pitch) for pitch in tied if not left},
+            used=self.used | {(self.layer, pitch, pitch in tied) for pitch, _ in notes})
+
+    def due_at(self, bar):
+        return self.due[:self.voice] + (bar,) + self.due[self.voice + 1:]
+
+    def open_layer(self, voice, layer, at):
+        return self._replace(at=at, voice=voice, layer=layer, left=self.metre, used=self.used if layer else frozenset())
+
+    def read_header(self):
+        unit, metre, key = re.search(r"L:1/(\d+)\nM:(.*)\nQ:.*\nK:(.*)\n", self.header).groups()
+        voices = []
+        for part in self.header.split("V:")[1:]:
+            own, octave = re.search(r"L:1/(\d+)", part), re.search(r"octave=(-?\d)", part)
+            voices.append((4 * BEAT // int(own[1] if own else unit), key_sharps(KEYS[DRUM_KEY] if "K:" in part else key),
+                           int(octave[1]) if octave else 0))
+        return self._replace(voices=tuple(voices), due=(0,) * len(voices), metre=METRES[metre])
+
+
+class Grammar:
+    """Follows a tune as it is written and says which characters may come next, so that it can still become whole:
+    every bar adds up, every bracket, tuplet and tie is closed, and after max_chars the shortest way leads to the end."""
+
+    def __init__(self, vocab, prompt, max_chars):
+        self.chars = [THE_END if i == END else char if i > UNKNOWN else None for i, char in enumerate(vocab.chars)]
+        self.place, self.symbol, self.room, self.forced = Place(), "", max_chars + len(prompt), 0
+        self.closing = False  # as it was when the symbol began
+        for i, n in enumerate(vocab.encode(prompt)):
+            need(self.feed(n), f"constrained sampling goes on only from the converter's notation, which the prompt leaves "
+                               f"with {prompt[max(0, i - 20):i + 1]!r}")
+
+    def follow(self, char):
+        """(place, beginning of a symbol) behind a character; None where it may not come."""
+        place, symbol = self.place, self.symbol
+        while char:
+            sets = place.symbols(self.closing if symbol else self.room <= 0)
+            if any(symbol + char in prefixes(some) for some in sets):
+                return place, symbol + char
+            if not any(symbol in some for some in sets):
+                return None
+            place, symbol = place.after(symbol), ""
+
+    def feed(self, n):
+        """Go on by the character with id n; False, and nothing changes, where it may not come."""
+        found = self.follow(self.chars[n])
+        if found:
+            self.closing = self.closing if found[1] == self.symbol + self.chars[n] else self.room <= 0
+            self.place, self.symbol = found
+            self.room -= 1
+        return bool(found)
+
+
+# --- strict validity
+
+MIN_TUNE_NOTES = 8  # fewer notes, or fewer than three pitches, are no tune
+
+
+def check_abc(text, ended=True, prompt=""):
+    """Judges a tune: {"valid", "reasons", "notes", "pitches", "bars", "bad_bars"}; never raises. Valid means without a reason.
+
+    The reader's own: "bar_length", "open_tie", "open_bracket", "open_tuplet", "bad_char" and so on. "cut": it had not
+    ended when it was stopped; it is then judged up to its last whole bar, and a tie into the missing rest is no fault.
+    "silent", "mostly_rests": of what was composed, that is after the prompt, too little is there or too little sounds.
+    "abc2midi", "music21": that reader, given the strict export, does not find the same notes. They are slow, and asked
+    only about tunes that have no other fault.
     """
+    text = text if ended else whole_bars(text)
     tune = read_abc(text)
-    notes = len(tune.notes.pitch)
-    reasons = sorted({slug for _, slug in tune.problems})
-    reasons += ["not_ended"] * (not ended) + ["silent"] * (notes < MIN_TUNE_NOTES or len(set(tune.notes.pitch)) < 3)
-    if notes:
-        length = (tune.notes.onset + tune.notes.duration).max()
-        sounding = np.unique(np.floor(4 * tune.notes.onset)).size  # quarter beats in which a note begins
-        reasons += ["mostly_rests"] * bool(tune.notes.duration.sum() < length / 2 and sounding < length / 2)
+    last = text.count("\n")
+    faults = {slug for line, slug in tune.problems if ended or slug != "open_tie" or line < last}
+    begin, bars = tune_end(read_abc(whole_bars(prompt))), bar_starts(tune)
+    new = tune.notes.onset >= begin - 1e-6
+    onset, end = tune.notes.onset[new], (tune.notes.onset + tune.notes.duration)[new]
+    pitches = len(set(tune.notes.pitch[new].tolist()))
+    if new.sum() < MIN_TUNE_NOTES or pitches < 3:
+        faults.add("silent")
+    elif sounding_beats(onset, end) < (max(bars[-1], end.max()) - begin) / 2:
+        faults.add("mostly_rests")
+    if not faults:
         readers = {"abc2midi": lambda text: abc2midi_notes(text)[0], "music21": music21_notes}
-        reasons += [f"unread_by_{name}" for name, reader in readers.items() if not agrees(reader, text, tune.notes)]
-    return {"valid": not reasons, "reasons": reasons, "notes": notes, "pitches": len(set(tune.notes.pitch.tolist())),
-            "bars": tune.n_bars}
+        faults = {name for name, reader in readers.items() if not agrees(reader, text, tune.notes)}
+    reasons = sorted(faults) + ["cut"] * (not ended)
+    wrong = {line for line, slug in tune.problems if slug == "bar_length"}
+    return {"valid": not reasons, "reasons": reasons, "notes": int(new.sum()), "pitches": pitches, "bars": tune.n_bars,
+            "bad_bars": len(wrong)}
 
 
-MIN_TUNE_NOTES = 8
+def whole_bars(text):
+    """A text up to the end of its last whole line of music."""
+    return text[:text.rfind("|\n") + 2] if "|\n" in text else ""
+
+
+def tune_end(tune):
+    """The beat where the last note of a tune ends."""
+    return float((tune.notes.onset + tune.notes.duration).max(initial=0))
+
+
+def bar_starts(tune):
+    """(bars + 1,) beats where the bars of a tune begin and the last one ends; 10,000 bars at most."""
+    metres, starts, metre = {round(beat, 3): 4 * num / den for beat, num, den in tune.metres}, [0.0], 4
+    for _ in range(min(tune.n_bars, 10_000)):
+        metre = metres.get(round(starts[-1], 3), metre)
+        starts.append(starts[-1] + metre)
+    return np.array(starts)
+
+
+def sounding_beats(onset, end):
+    """Beats in which anything sounds."""
+    order = np.argsort(onset)
+    onset, end = onset[order], np.maximum.accumulate(end[order])
+    return float(end[-1] - onset[0] - np.maximum(onset[1:] - end[:-1], 0).sum())
 
 
 def agrees(reader, text, notes):
@@ -3779,75 +4071,394 @@ def agrees(reader, text, notes):
         return False
 
 
+def music21_score(text):
+    import music21  # takes seconds, and only here
+    with contextlib.redirect_stderr(io.StringIO()):  # it comments on every beam
+        return music21.converter.parse(strict_abc(text), format="abc")
+
+
 def music21_notes(text):
     """Notes that music21 reads from the strict export of a text."""
-    import music21  # takes seconds, and only here
-    score = music21.converter.parse(strict_abc(text), format="abc")
+    score = music21_score(text)
+    score.stripTies(inPlace=True)
     found = [(float(element.getOffsetInHierarchy(score)), float(element.quarterLength), pitch.midi)
-             for element in score.stripTies().flatten().notes for pitch in element.pitches]
+             for element in score.flatten().notes for pitch in element.pitches]
     onset, duration, pitch = np.array(found).reshape(-1, 3).T
     return Notes(np.zeros(len(found), int), onset, duration, pitch.astype(int))
 
 
 def wilson(successes, n):
-    """95 % interval of a share (Wilson 1927), as [share, lo, hi]; [None] * 3 for n = 0."""
+    """95 % interval of a share (Wilson 1927), as {"value", "lo", "hi"}, None for n = 0."""
     if not n:
-        return [None] * 3
+        return {"value": None, "lo": None, "hi": None}
     p, z = successes / n, 1.96
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [p, max(0.0, middle - half), min(1.0, middle + half)]
+    return {"value": p, "lo": max(0.0, middle - half), "hi": min(1.0, middle + half)}
 
 
-@stage(version=1, knobs="SAMPLES SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS", after=fit, root="SAVE_DIR")
+# --- what the music is like, and whether it was copied
+
+def music_metrics(tune):
+    """{metric: number, None where it is not defined} of a Tune. Drums count only in those of bars and in notes_per_beat.
+
+    Definitions of MusPy (Dong et al. 2020, https://arxiv.org/abs/2008.01951) and MGEval (Yang and Lerch 2020), groove of
+    Wu and Yang 2020 (https://arxiv.org/abs/2008.01307). pitch_class_entropy: in bits. scale_consistency: share of the
+    notes in the best major or minor scale. polyphony: notes at once, where any sounds. groove_consistency: 1 - share of
+    the steps of 1/12 beat in which the onsets of a bar differ from those of the next. empty_bars: share of bars in which
+    no note begins. repeated_bars: share of the others whose notes were heard before in the tune.
+    """
+    drums = np.array([*(drum for _, drum in tune.voices), False])
+    _, onset, duration, pitch = (column[~drums[tune.notes.voice]] for column in tune.notes)
+    bars = bar_starts(tune)
+    if not len(pitch) or len(bars) < 2:
+        return {}
+    share = np.bincount(pitch % 12, minlength=12) / len(pitch)
+    bar = np.minimum(np.searchsorted(bars, tune.notes.onset + 1e-3, "right") - 1, len(bars) - 2)
+    columns = (tune.notes.onset - bars[bar], tune.notes.duration)
+    contents, steps = [set() for _ in bars[1:]], np.rint(12 * np.diff(bars))
+    for b, *note in zip(bar, tune.notes.pitch, *(np.rint(12 * column) for column in columns), strict=True):
+        contents[b].add(tuple(note))
+    rhythms, full = [{note[1] for note in notes} for notes in contents], [frozenset(notes) for notes in contents if notes]
+    changes = [len(a ^ b) / n for (a, n), (b, m) in itertools.pairwise(zip(rhythms, steps, strict=True)) if n == m]
+    return {"pitch_class_entropy": stats.entropy(share, base=2),
+            "scale_consistency": max(share[np.add(NATURAL, root) % 12].sum() for root in range(12)),
+            "polyphony": duration.sum() / sounding_beats(onset, onset + duration),
+            "groove_consistency": 1 - np.mean(changes) if changes else None,
+            "notes_per_beat": len(tune.notes.pitch) / bars[-1],
+            "empty_bars": 1 - len(full) / len(contents), "repeated_bars": 1 - len(set(full)) / len(full)}
+
+
+def melody(notes, drums):
+    """(S,) uint8: the steps in semitones between the top notes of each pitched voice, + 128, and 0 after each voice.
+
+    A step forgets the key. Repeated notes count once: long runs of them are in everybody's music.
+    """
+    pitched = ~np.append(drums, False)[notes.voice]
+    packed = np.sort(notes.voice[pitched].astype(np.int64) << 40 | np.rint(48 * notes.onset[pitched]).astype(np.int64) << 8
+                     | notes.pitch[pitched])
+    # a note within 1/16 beat of the one before belongs to its chord
+    chord = np.flatnonzero(np.diff(packed >> 40, prepend=-1).astype(bool) | (np.diff(packed >> 8, prepend=-99) > 3))
+    voice, top = packed[chord] >> 40, np.maximum.reduceat(packed & 0xFF, chord) if len(chord) else chord
+    step, same = np.diff(top), np.diff(voice) == 0
+    return np.append(np.where(same, step + 128, 0)[~same | (step != 0)], 0).astype(np.uint8)
+
+
+def training_melodies(cfg, most=2**26):
+    """The melodies of the training tunes in one array, of `most` steps at most (64 MB: half of the full Lakh data set)."""
+    parts, size = [], 0
+    for tune in progress(read_jsonl(cfg.tokens_root / "tunes.jsonl"), "melodies", unit="tune"):
+        if tune["split"] == "train" and size < most:
+            notes, voices = score_notes(read_score(cfg.midi_root / tune["file"]))
+            parts.append(melody(notes, np.array([drum for _, drum in voices])))
+            size += len(parts[-1])
+    return np.concatenate(parts)
+
+
+def longest_runs(tunes, corpus, most=256):
+    """Longest run of notes that each tune shares with the corpus, in any key: melodies -> (n,) numbers of notes up to `most`.
+
+    Bisection over the length, all tunes at once, by hashes of the runs (polynomials modulo 2^64). Memory: one byte per
+    step of the corpus, and some 50 MB for the slice of it that is being hashed.
+    """
+    queries, owner = np.concatenate(tunes), np.repeat(np.arange(len(tunes)), [len(tune) for tune in tunes])
+    cut = np.append(0, np.cumsum(queries == 0))
+    low, high = np.zeros(len(tunes), int), np.full(len(tunes), most)  # in steps; low is shared, high is not
+    while (high - low > 1).any():
+        middle = np.where(high == most, np.minimum(2 * low + 8, most - 1), (low + high) // 2)
+        for length in np.unique(middle[high - low > 1]):
+            n = max(0, len(queries) - length + 1)
+            asked = np.flatnonzero((cut[length:] == cut[:n]) & (middle == length)[owner[:n]])
+            hashes = run_hashes(queries, length)[asked]
+            found = np.zeros(len(tunes), bool)
+            found[owner[asked[np.isin(hashes, shared_hashes(np.unique(hashes), corpus, length))]]] = True
+            now = (middle == length) & (high - low > 1)
+            low[now & found], high[now & ~found] = length, length
+    return low + 1
+
+
+def shared_hashes(wanted, corpus, length, slice_=2**20):
+    """Those of the sorted hashes `wanted` that some run of `length` steps of the corpus has."""
+    found = np.zeros(len(wanted), bool)
+    for i in range(0, len(corpus) if len(wanted) else 0, slice_):
+        hashes = run_hashes(corpus[i:i + slice_ + length - 1], length)
+        place = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
+        found[place[wanted[place] == hashes]] = True
+    return wanted[found]
+
+
+def run_hashes(steps, length):
+    """(n,) uint8 -> (n - length + 1,) uint64, equal for equal runs: sum of step_i * BASE^i, divided by BASE^start."""
+    base, inverse = (np.multiply.accumulate(np.append(np.uint64(1), np.full(len(steps), x, np.uint64)))
+                     for x in (HASH_BASE, pow(HASH_BASE, -1, 2**64)))
+    sums = np.append(np.uint64(0), np.cumsum(STEP_CODES[steps] * base[:-1]))
+    n = max(0, len(steps) - length + 1)
+    return (sums[length:] - sums[:n]) * inverse[:n]
+
+
+HASH_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
+STEP_CODES = np.random.default_rng(0).integers(2**63, size=256, dtype=np.uint64)
+
+
+# --- loss where it matters
+
+KIND = re.compile(r"(?P<header>\0[^\[]*)|(?P<voice_tag>\[V:\d+\])|(?P<other>\[[A-Z]:[^]]*\]|\(\d(?:::\d)?)|(?P<accidental>[_^=]+)"
+                  r"|(?P<pitch>[A-Ga-g][,']*)|(?P<length>[\d/]+)|(?P<rest>[zZ])|(?P<bar>[|\n]+)|(?P<end>\x01)")
+KINDS = ("header", "pitch", "accidental", "length", "rest", "bar", "voice_tag", "end", "other")  # other: chords, ties, tuplets ...
+
+
+def char_kinds(tokens, vocab):
+    """Ids of whole tunes -> (n,) index into KINDS of each character."""
+    text = "".join([("\0", "\1", "\2", *vocab.chars[3:])[i] for i in tokens])
+    kinds = np.full(len(text), KINDS.index("other"))
+    for match in KIND.finditer(text):
+        kinds[match.start():match.end()] = KINDS.index(match.lastgroup)
+    return kinds
+
+
+def test_losses(rows, test, vocab, cfg):
+    """Loss of every model on the test tunes: per character, note and second, by kind of character, by place in the window."""
+    kinds, tested = char_kinds(test, vocab)[1:], []
+    tunes = [tune for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl")
+             if tune["split"] == "test" and tune["start"] + tune["chars"] + 2 <= len(test)]
+    end, notes, seconds = tunes[-1]["start"] + tunes[-1]["chars"] + 1, *(sum(t[key] for t in tunes) for key in ("notes", "seconds"))
+    for row in progress(rows, "test loss", unit="model"):
+        model = load(Path(cfg.SAVE_DIR, row["checkpoint"]), cfg.device)[0]
+        losses = token_losses(model, test, cfg)
+        bits, place = losses / math.log(2), np.arange(len(losses)) % model.seq_len
+        loss, error = mean_loss(losses, test)
+        edges = [0, *(2**k for k in range(int(math.log2(model.seq_len)) + 1))]
+        tested.append({
+            "run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"], "test_loss": loss, "test_loss_se": error,
+            "test_bpc": loss / math.log(2), "test_perplexity": math.exp(loss),
+            "bits_per_note": bits[:end].sum() / notes, "bits_per_second": bits[:end].sum() / seconds,
+            "by_kind": {kind: {"share": float(np.mean(kinds == i)), "bits": float(bits[kinds == i].mean())}
+                        for i, kind in enumerate(KINDS) if np.any(kinds == i)},
+            "by_position": [{"from": low, "to": high, "bits": float(bits[(low <= place) & (place < high)].mean())}
+                            for low, high in itertools.pairwise(edges) if np.any((low <= place) & (place < high))]})
+    return tested
+
+
+# --- samples of every model, judged beside real music
+
+def opening(text, most):
+    """The beginning of a tune up to a bar line: about a third of it, and at most so many characters."""
+    return whole_bars(text[:min(len(text) // 3, most)]) or text[:text.find("|\n") + 2]
+
+
+def write_music(rows, best, cfg):
+    """Yields lists of {"run", "kind", "prompt", "text", "ended", "forced"}: real tunes that no model has seen, then new
+    ones of every model."""
+    held_out = [tune for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl") if tune["split"] == "test" and not tune["unknown"]]
+    real = [abc_path(tune["file"], cfg).read_text("utf-8") for tune in held_out[:cfg.samples]]
+    yield [{"run": "real", "kind": "real", "prompt": "", "text": text[:cfg.sample_chars], "forced": 0,
+            "ended": len(text) <= cfg.sample_chars} for text in real]
+    for row in progress(rows, "samples", unit="model"):
+        model, vocab, _ = load(Path(cfg.SAVE_DIR, row["checkpoint"]), cfg.device)
+        n = cfg.samples if row is best else min(cfg.samples, 100)
+        wanted = [("unprompted", "")] * n + [("constrained", "")] * n
+        wanted += [("prompted", opening(text, cfg.sample_chars // 2)) for text in real] if row is best else []
+        found = sample(model, vocab, [prompt for _, prompt in wanted], max_chars=cfg.sample_chars, top_p=cfg.TOP_P,
+                       temperature=cfg.TEMPERATURE, seed=cfg.SEED, constrained=[kind == "constrained" for kind, _ in wanted])
+        yield [{"run": row["run"], "kind": kind, "prompt": prompt, **tune}
+               for (kind, prompt), tune in zip(wanted, found, strict=True)]
+
+
+def name_shown(tunes, best, cfg):
+    """Adds "name" and "shown", the folder that a tune is written to: of the best model the first SHOWN of each kind, of
+    the others and the real ones the first. They are not selected."""
+    count = Counter()
+    for tune in tunes:
+        count[tune["kind"]] += 1
+        tune["name"] = f"{tune['run']}_{tune['kind']}_{count[tune['kind']]:02d}"
+        if tune["run"] == best["run"]:
+            tune["shown"] = "best_samples" if count[tune["kind"]] <= cfg.SHOWN else ""
+        else:
+            tune["shown"] = "samples" if count[tune["kind"]] == 1 and tune["kind"] != "constrained" else ""
+    return tunes
+
+
+def judge(tune, cfg):
+    """In a worker: the verdict on a tune, its metrics and its melody; writes the files of those that are shown."""
+    text = tune["text"] if tune["ended"] else whole_bars(tune["text"])
+    if tune["shown"]:
+        write_tune(Path(cfg.SAVE_DIR, tune["shown"], tune["name"]), text, score=tune["shown"] == "best_samples")
+    parsed = read_abc(text)
+    return {"check": check_abc(tune["text"], tune["ended"], tune["prompt"]), "metrics": music_metrics(parsed),
+            "melody": melody(parsed.notes, np.array([drum for _, drum in parsed.voices]))}
+
+
+def judge_all(groups, best, cfg):
+    """All tunes of the groups with "check", "metrics" and "longest_run"; judged by workers while more are sampled."""
+    melodies, judged = [], []
+    with ProcessPool(max_workers=cfg.workers) as pool:
+        waiting = [(tunes, pool.map(judge, name_shown(tunes, best, cfg), [cfg] * len(tunes), timeout=60))
+                   for tunes in groups]
+        for tunes, future in progress(waiting, "judged", unit="model"):
+            results = future.result()
+            for tune in tunes:
+                try:
+                    found = next(results)
+                except (TimeoutError, ProcessExpired) as error:
+                    reason = "timeout" if isinstance(error, TimeoutError) else "crashed"
+                    found = {"check": {"valid": False, "reasons": [reason], "notes": 0, "pitches": 0, "bars": 0,
+                                       "bad_bars": 0}, "metrics": {}, "melody": np.zeros(1, np.uint8)}
+                melodies.append(found.pop("melody"))
+                judged.append({**tune, **found})
+    for tune, run in zip(judged, longest_runs(melodies, training_melodies(cfg)), strict=True):
+        tune["longest_run"] = int(run)
+    return judged
+
+
+def bootstrap_mean(values, draws, rng):
+    """Mean of the numbers among `values` with a 95 % percentile interval over tunes."""
+    values = np.array([value for value in values if value is not None])
+    if not len(values):
+        return {"value": None, "lo": None, "hi": None}
+    means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
+    return dict(zip(("value", "lo", "hi"), (values.mean(), *np.quantile(means, (0.025, 0.975))), strict=True))
+
+
+def summary_of(tunes, real_limit, cfg):
+    """One row of the emergence table; `real_limit` is the longest run that 95 % of the real tunes stay within."""
+    n, rng = len(tunes), np.random.default_rng(cfg.SEED)
+    reasons = [tune["check"]["reasons"] for tune in tunes]
+    metrics = dict.fromkeys(name for tune in tunes for name in tune["metrics"])
+    return {"run": tunes[0]["run"], "kind": tunes[0]["kind"], "n": n, "ended": sum(tune["ended"] for tune in tunes),
+            "valid": wilson(sum(not r for r in reasons), n), "valid_or_cut": wilson(sum(r in ([], ["cut"]) for r in reasons), n),
+            "reasons": dict(Counter(reason for r in reasons for reason in r).most_common()),
+            "metrics": {name: bootstrap_mean([t["metrics"].get(name) for t in tunes], cfg.BOOTSTRAP, rng) for name in metrics},
+            "bars_right": 1 - sum(t["check"]["bad_bars"] for t in tunes) / max(1, sum(t["check"]["bars"] for t in tunes)),
+            "longest_run": float(np.median([tune["longest_run"] for tune in tunes])),
+            "copied": wilson(sum(tune["longest_run"] > real_limit for tune in tunes), n),
+            "forced_share": float(np.median([t["forced"] / max(1, len(t["text"]) - len(t["prompt"])) for t in tunes]))}
+
+
+SAMPLE_FOLDERS = ("best_samples", "samples")
+
+
+@stage(version=2, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP", after=fit, root="SAVE_DIR")
 def evaluate(cfg):
-    """Test loss of every model; tunes of the best one, judged, as ABC and MIDI."""
+    """Test losses of every model, and its tunes: judged, measured against real music, searched for copies, shown."""
     save = Path(cfg.SAVE_DIR)
     rows = [row for row in read_json(save / "scaling_results.json")["runs"] if row["main"]]
-    vocab = read_vocab(cfg)
+    best, vocab = min(rows, key=lambda row: row["val_loss"]), read_vocab(cfg)
     test = read_tokens("test", vocab, cfg)
-    tested = []
-    for row in progress(rows, "test loss", unit="model"):
-        model = load(save / row["checkpoint"], cfg.device)[0]
-        loss, error = mean_loss(token_losses(model, test, cfg), test)
-        tested.append({"run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"], "test_loss": loss,
-                       "test_loss_se": error, "test_bpc": loss / math.log(2), "test_perplexity": math.exp(loss)})
-    best = min(rows, key=lambda row: row["val_loss"])
-    metadata = write_samples(best, cfg)
-    valid = {kind: [tune["check"]["valid"] for tune in metadata if tune["kind"] == kind]
-             for kind in ("unprompted", "prompted")}
-    write_json(save / "evaluation.json", {
-        "models": tested, "best": best["run"], "test_chars": len(test) - 1,
-        "validity": {kind: {"n": len(hits), "valid": sum(hits), "share_lo_hi": wilson(sum(hits), len(hits))}
-                     for kind, hits in valid.items()},
-        "reasons": Counter(reason for tune in metadata for reason in tune["check"]["reasons"])})
-    say(f"  best model   {best['run']}: test loss {next(t for t in tested if t['run'] == best['run'])['test_loss']:.4f}; "
-        f"valid samples {sum(map(sum, valid.values()))} of {len(metadata)}")
-    return [save / "evaluation.json", save / "best_samples"]
+    for folder in SAMPLE_FOLDERS:
+        shutil.rmtree(save / folder, ignore_errors=True)
+        (save / folder).mkdir()
+    tested, tunes = test_losses(rows, test, vocab, cfg), judge_all(write_music(rows, best, cfg), best, cfg)
+    groups = {}
+    for tune in tunes:
+        groups.setdefault((tune["run"], tune["kind"]), []).append(tune)
+    limit = float(np.quantile([tune["longest_run"] for tune in groups["real", "real"]], 0.95))
+    for folder in SAMPLE_FOLDERS:
+        write_json(save / folder / "metadata.json", [tune for tune in tunes if tune["shown"] == folder])
+    write_jsonl(save / "samples.jsonl", tunes)
+    table = [summary_of(group, limit, cfg) for group in groups.values()]
+    write_json(save / "evaluation.json", {"models": tested, "best": best["run"], "test_chars": len(test) - 1,
+                                          "sample_chars": cfg.sample_chars, "real_run_95": limit, "music": table})
+    for row in table:
+        if row["run"] in ("real", best["run"]):
+            say(f"  {row['run']:12s} {row['kind']:12s} valid {row['valid']['value']:.0%} of {row['n']}")
+    return [save / "evaluation.json", save / "samples.jsonl", save / "samples", save / "best_samples"]
 
 
-def write_samples(best, cfg):
-    """Samples of the best model, half of them prompted with a header, in best_samples/; returns their metadata."""
-    save = Path(cfg.SAVE_DIR)
-    model, vocab, _ = load(save / best["checkpoint"], cfg.device)
-    prompts = [""] * (cfg.SAMPLES - cfg.SAMPLES // 2) + [HEADER_PROMPT] * (cfg.SAMPLES // 2)
-    tunes = sample(model, vocab, prompts, max_chars=cfg.SAMPLE_CHARS, temperature=cfg.TEMPERATURE, top_p=cfg.TOP_P,
-                   seed=cfg.SEED)
-    folder = save / "best_samples"
-    shutil.rmtree(folder, ignore_errors=True)
-    metadata = []
-    for i, (prompt, tune) in enumerate(zip(prompts, progress(tunes, "judge samples"), strict=True), 1):
-        name = f"{best['run']}_{i:02d}"
-        write_text(folder / f"{name}.abc", tune["text"])
-        with atomic_path(folder / f"{name}.mid") as partial:
-            partial.write_bytes(abc_to_midi(tune["text"]))
-        metadata.append({"name": name, "kind": "prompted" if prompt else "unprompted", "prompt": prompt,
-                         "ended": tune["ended"], "check": check_abc(tune["text"], tune["ended"])})
-    write_json(folder / "metadata.json", metadata)
-    return metadata
+# --- tunes as files
+
+AUDIO_SECONDS, AUDIO_RATE = 30, 22_050
 
 
-HEADER_PROMPT = "X:1\nL:1/8\nM:3/4\n"  # what prompted samples begin with: a waltz
+def write_tune(path, text, score=False):
+    """ABC text -> path.abc, .mid, .mp3, .png with a piano roll and, where it can be had, .svg with the score."""
+    write_text(f"{path}.abc", text)
+    Path(f"{path}.mid").write_bytes(abc_to_midi(text))
+    tune = read_abc(text)
+    if len(tune.notes.pitch):
+        soundfile.write(f"{path}.mp3", audio(text), AUDIO_RATE, bitrate_mode="VARIABLE", compression_level=0.8)
+        draw_roll(tune).savefig(f"{path}.png", dpi=110)
+    if score:
+        with contextlib.suppress(Exception):  # music21 refuses some tunes that others read
+            Path(f"{path}.svg").write_text(engrave(text), encoding="utf-8")
+
+
+def audio(text):
+    """ABC text -> (n,) samples in [-1, 1]: plucked tones of six harmonics, drums as noise; AUDIO_SECONDS at most."""
+    score, rng = symusic.Score.from_midi(abc_to_midi(text)).to("second"), np.random.default_rng(0)
+    wave = np.zeros(int((min(score.end(), AUDIO_SECONDS) + 1) * AUDIO_RATE))
+    for track in score.tracks:
+        notes = track.notes.numpy()
+        for start, length, pitch in zip(notes["time"], notes["duration"], notes["pitch"], strict=True):
+            if start < AUDIO_SECONDS:
+                t = np.arange(int((min(length, 6) + 0.2) * AUDIO_RATE)) / AUDIO_RATE
+                hertz = 440 * 2 ** ((pitch - 69) / 12) * np.arange(1, 7)
+                tone = (rng.normal(size=len(t)) * np.exp(-25 * t) if track.is_drum else sum(
+                    np.sin(2 * np.pi * f * t) / k**2 for k, f in enumerate(hertz, 1) if f < AUDIO_RATE / 2) * np.exp(-2 * t))
+                tone *= np.minimum(1, t / 0.005) * np.exp(-30 * np.maximum(0, t - length))
+                place = slice(int(start * AUDIO_RATE), int(start * AUDIO_RATE) + len(t))
+                wave[place] += tone[:len(wave[place])]
+    return 0.8 * wave / np.abs(wave).max()
+
+
+def draw_roll(tune):
+    """A piano roll: pitch over bars, a colour per voice."""
+    figure = Figure(figsize=(7, 2.4), layout="constrained")
+    axes, bars, notes = figure.subplots(), bar_starts(tune), tune.notes
+    axes.barh(notes.pitch, notes.duration * 0.95, 0.8, notes.onset, color=colormaps["tab10"](notes.voice % 10))
+    every = max(1, len(bars) // 12)
+    axes.set_xticks(bars[:-1:every], range(1, len(bars), every))
+    octaves = range(notes.pitch.min() // 12 * 12, notes.pitch.max() + 12, 12)
+    axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])
+    axes.set(xlabel="bar", xlim=(0, bars[-1]))
+    axes.grid(alpha=0.4)
+    return figure
+
+
+def engrave(text):
+    """The score of a text as SVG, without the names that only a program would use. Raises what music21 raises."""
+    import music21
+    import verovio
+    verovio.enableLog(verovio.LOG_OFF)
+    page = verovio.toolkit()
+    page.setOptions({"pageWidth": 1600, "adjustPageHeight": True, "pageHeight": 60_000, "scale": 40, "svgViewBox": True,
+                     "header": "none", "footer": "none", "svgRemoveXlink": True, "xmlIdSeed": 1})
+    page.loadData(music21.musicxml.m21ToXml.GeneralObjectExporter(music21_score(text)).parse().decode())
+    return re.sub(r' class="[^"]*"| id="(?!E0)[^"]*"|\n\s*', "", page.renderToSVG(1))
+
+
+# --- on demand
+
+def read_prompt(prompt, cfg):
+    """A prompt in the notation of the models: ABC text as it is, an .abc or MIDI file converted, without its last bar.
+
+    The last bar goes since a tune that has come to its close would be followed by its end.
+    """
+    path = Path(prompt)
+    if not prompt or "\n" in prompt or path.suffix.lower() not in (".abc", ".mid", ".midi", ".kar"):
+        return prompt.replace("\\n", "\n")
+    need(path.is_file(), f"there is no file {prompt}")
+    try:
+        text = path.read_text("utf-8", "replace") if path.suffix.lower() == ".abc" else midi_to_abc(path, cfg)
+        text = text if "[V:" in text else midi_to_abc(abc_to_midi(text), cfg)
+    except Rejected as reject:
+        raise UserError(f"{prompt} holds no music to go on from ({reject})") from reject
+    return whole_bars(text.rstrip()[:-1]) or text
+
+
+def compose(cfg, count, prompt="", constrained=False):
+    """Writes `count` tunes of the best model to SAVE_DIR/my_samples/ as .abc, .mid, .mp3, .png; prints paths and verdicts."""
+    results = read_json(Path(cfg.SAVE_DIR, "scaling_results.json"), {"runs": []})["runs"]
+    need(results, f"no trained model in {cfg.SAVE_DIR}; run the study first")
+    best = min((row for row in results if row["main"]), key=lambda row: row["val_loss"])
+    model, vocab, _ = load(Path(cfg.SAVE_DIR, best["checkpoint"]), cfg.device)
+    prompt, folder = read_prompt(prompt, cfg), Path(cfg.SAVE_DIR, "my_samples")
+    folder.mkdir(exist_ok=True)
+    for i, tune in enumerate(sample(model, vocab, [prompt] * count, max_chars=cfg.sample_chars, top_p=cfg.TOP_P,
+                                    temperature=cfg.TEMPERATURE, seed=cfg.SEED, constrained=constrained), 1):
+        path = folder / f"{best['run']}_{cfg.SEED}_{i:02d}"
+        write_tune(path, tune["text"] if tune["ended"] else whole_bars(tune["text"]))
+        check = check_abc(tune["text"], tune["ended"], prompt)
+        print(f"{path}.mid  {check['bars']} bars  {', '.join(check['reasons']) or 'valid'}")
 
 
 # ============================================================================================================
@@ -3856,91 +4467,125 @@ HEADER_PROMPT = "X:1\nL:1/8\nM:3/4\n"  # what prompted samples begin with: a wal
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Lakh MIDI Scaling Study</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
+<title>Lakh MIDI Scaling Study</title><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #0072b2 }
-@media (prefers-color-scheme: dark) { :root { --accent: #56b4e9 } img { background: #fff; border-radius: 4px } }
-body { font: 16px/1.55 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem }
-h1 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 2px solid var(--accent) } img { max-width: 100%; height: auto }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right } th { text-align: left }
-th:first-child, td:first-child { text-align: left } caption { text-align: left; font-weight: 600; padding: .5rem 0 }
-pre { background: var(--soft); padding: .7rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere }
-.verdict { border-left: 4px solid var(--accent); padding-left: .8rem } figure { margin: 1rem 0 } audio { width: 100% }
-.tunes { display: grid; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)); gap: 1rem }
-.tune { border: 1px solid var(--line); border-radius: 6px; padding: .7rem; min-width: 0 }
-@media print { body { max-width: none; font-size: 11px } details { display: none } figure, tr, .tune { break-inside: avoid } }
+:root { color-scheme: light dark; --ink: #1d2733; --paper: #fff; --line: #8884; --soft: #8881; --accent: #0072b2 }
+@media (prefers-color-scheme: dark) { :root { --ink: #d8dee6; --paper: #14181d; --accent: #56b4e9 }
+  img { background: #fff; filter: brightness(.88) } }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem; margin: 0 auto; padding: 1rem }
+h1 { line-height: 1.2 } h2 { margin-top: 2.8rem; border-bottom: 2px solid var(--accent) } h3 { margin: 1.6rem 0 .4rem }
+img { max-width: 100%; height: auto; border-radius: 4px } figure { margin: 1rem 0 } audio { width: 100%; height: 2.4rem }
+.scroll { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+caption { text-align: left; font-weight: 600; padding: .4rem 0 } th { vertical-align: bottom }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right } td { white-space: nowrap }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
+td:first-child { max-width: 16rem; overflow: hidden; text-overflow: ellipsis }
+pre { background: var(--soft); padding: .7rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto }
+.verdict { border-left: 4px solid var(--accent); padding-left: .8rem } .note { font-size: .88rem; opacity: .85 } summary { cursor: pointer }
+.tunes { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1rem }
+.tune { border: 1px solid var(--line); border-radius: 6px; padding: .7rem; min-width: 0 } .tune p { margin: .2rem 0 }
+@media print { :root { --ink: #000; --paper: #fff } body { max-width: none; font-size: 10px; padding: 0 } audio, details { display: none }
+  .scroll { overflow: visible } td { white-space: normal } table { font-size: 8px } figure, tr, .tune { break-inside: avoid }
+  h2, caption { break-after: avoid } img { filter: none } }
 </style></head><body>
 {%- macro table(caption, rows) %}{% if rows %}<div class="scroll"><table><caption>{{ caption }}</caption>
-<tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
+<tr>{% for name in rows[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value | show }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endif %}{% endmacro %}
-{%- macro picture(name, alt) %}{% if name in images %}<figure><img src="{{ images[name] }}" alt="{{ alt }}"></figure>
+{%- macro picture(name, alt) %}{% if images[name] %}<figure><img src="{{ images[name] }}" alt="{{ alt }}"></figure>
 {%- endif %}{% endmacro %}
+{%- macro gallery(tunes) %}<div class="tunes">{% for tune in tunes %}<div class="tune"><strong>{{ tune.title }}</strong>
+<p class="note">{{ tune.verdict }}</p>
+{% if tune.roll %}<img src="{{ tune.roll }}" alt="Piano roll of {{ tune.title }}">{% endif %}
+{% if tune.audio %}<audio controls preload="metadata" src="{{ tune.audio }}"></audio>{% endif %}
+{% if tune.score %}<details><summary>Score</summary><img src="{{ tune.score }}" alt="Score of {{ tune.title }}"></details>{% endif %}
+<details><summary>ABC</summary><pre>{{ tune.abc }}</pre></details></div>{% endfor %}</div>{% endmacro %}
 <h1>How loss falls with size: Transformers and LSTMs on symbolic music</h1>
-<p>{{ results.runs | selectattr("main") | list | length }} models, {{ results.runs[-1].tokens | show }} training
-characters each, on {{ results.corpus }}; {{ results.device }}, torch {{ results.torch }}.</p>
+<p>{{ tables.training | length }} models on {{ results.corpus }}, {{ tables.training[-1].tokens | show }} training characters each;
+{{ results.device }}, torch {{ results.torch }}.</p>
 <h2>In short</h2>
 <ul>{% for sentence in summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
+<h2>Listen</h2>
+<p>Tunes by {{ evaluation.best }}, the best model: the first {{ tunes.best | length }}, not selected. “prompted” goes on from the beginning of
+a tune that no model has seen; “constrained” was held to the notation by a grammar.</p>
+{{ gallery(tunes.best) }}
+<h3>The same, size by size</h3>
+<p>The first tune of every model and, for comparison, of the real ones.</p>
+{{ gallery(tunes.sizes) }}
 <h2>Data</h2>
-{{ table("What became of the files", files) }}
-{{ table("The split, by " ~ split_by, splits) }}
-<p>{{ duplicates }}</p>
+{{ table("What became of the files", tables.files) }}
+{{ table("The split, by " ~ tables.split_by, tables.splits) }}
+<p>{{ tables.duplicates }}</p>
 {{ picture("length_distribution.png", "Histogram of the lengths of tunes in characters") }}
 <h2>Training</h2>
-{{ table("All models at the full budget; loss on the whole validation split, per character", training) }}
+{{ table("All models at the full budget; losses in nats per character, over all held-out characters", tables.training) }}
 {{ picture("training_curves.png", "Training loss against characters seen, one line per model") }}
 <h2>Laws</h2>
-{% for family, fit in laws.items() %}<p class="verdict"><strong>{{ family }}</strong>: {{ fit }}</p>{% endfor %}
-{{ table("L(N) = a N^-alpha + c, 95 % profile intervals", law_rows) }}
+{% for family, verdict in tables.verdicts.items() %}<p class="verdict"><strong>{{ family }}</strong>: {{ verdict }}</p>{% endfor %}
+{{ table("L(N) = a N^-alpha + c, with 95 % profile intervals", tables.laws) }}
+{{ table("The largest model, predicted from the smaller ones before it was trained", tables.predictions) }}
+{{ table("L(N, D) = E + A / N^alpha + B / D^beta, with 95 % bootstrap intervals", tables.surfaces) }}
+{{ table("The best use of so many hours on this machine, by L(N, D)", tables.frontier) }}
 {{ picture("combined_scaling.png", "Validation loss of both families against parameters and against compute") }}
 {{ picture("gpt_scaling.png", "Scaling law of the Transformers") }}
 {{ picture("lstm_scaling.png", "Scaling law of the LSTMs") }}
-<h2>Music</h2>
-{% for caption, rows in music.items() %}{{ table(caption, rows) }}{% endfor %}
-<div class="tunes">{% for tune in tunes %}<div class="tune"><strong>{{ tune.title }}</strong>
-{% if tune.roll %}<img src="{{ tune.roll }}" alt="Piano roll of {{ tune.title }}">{% endif %}
-{% if tune.audio %}<audio controls preload="metadata" src="{{ tune.audio }}"></audio>{% endif %}
-<details><summary>{{ tune.verdict }} - ABC</summary><pre>{{ tune.abc }}</pre></details></div>{% endfor %}</div>
+<h2>Where the loss is</h2>
+{{ table("Test loss in units that compare across notations", tables.units) }}
+{{ table("Test loss by kind of character, bits per character", tables.kinds) }}
+{{ table("Test loss by place in the window, bits per character", tables.positions) }}
+<h2>What emerges at which size</h2>
+{{ table("Strictly valid tunes [95 % interval]", tables.validity) }}
+<p class="note">Valid: the tune ended by itself, every bar adds up, every bracket, tie and tuplet is closed, it is not silent, and abc2midi and
+music21 both find the same notes. “valid or cut” also takes tunes that were whole until they were stopped after {{ evaluation.sample_chars | show }}
+characters. Real tunes go through the same checks: they are the ceiling. The longest run is the number of successive notes, in any key, that
+the tune at the middle shares with the training tunes; a copy shares more than {{ evaluation.real_run_95 | show }}, which 95 % of the real held-out tunes
+stay within.</p>
+{{ table("How the tunes compare with real music: means [95 % bootstrap interval]", tables.metrics) }}
+<p class="note">Definitions of MusPy and MGEval: entropy of the pitch classes in bits, share of notes in the best scale, notes at once, likeness of the
+rhythms of neighbouring bars, notes per beat, share of bars in which no note begins, share of bars heard before in the tune.</p>
+{{ table("Held to the notation by a grammar", tables.constrained) }}
 <h2>To repeat this</h2>
-<p>Made by <code>python LakhMIDI.py</code> with seed {{ results.knobs.SEED }}. Every figure on this page is drawn from the
-JSON files beside it.</p>
-<details><summary>All knobs</summary><pre>{% for name, value in results.knobs.items() %}{{ name }} = {{ value }}
+<p>Made by <code>python LakhMIDI.py</code>, study “{{ results.study }}”, seed {{ results.knobs.SEED }}; samples with temperature
+{{ knobs.TEMPERATURE }} and top-p {{ knobs.TOP_P }}. Every figure on this page is drawn from the JSON files beside it.</p>
+{{ table("Versions", tables.versions) }}
+<details><summary>All knobs of the training</summary><pre>{% for name, value in results.knobs.items() %}{{ name }} = {{ value }}
 {% endfor %}</pre></details>
 </body></html>
 """
 
 
 def show(value):
-    """A table cell: thousands grouped, four digits, a dash for what is not known."""
+    """A table cell: thousands grouped, four digits, a dash for what is not known, "value [lo, hi]" for an estimate."""
+    if isinstance(value, dict):
+        return f"{show(value['value'])} [{end(value['lo'])}, {end(value['hi'])}]"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "\u2013"}[value]
-    if isinstance(value, int) or isinstance(value, float) and value.is_integer() and abs(value) >= 1_000:
-        return f"{int(value):,}"
+    if isinstance(value, int) or isinstance(value, float) and abs(value) >= 1_000:
+        return f"{value:,.0f}"
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
-def interval(estimate):
-    """"value [lo, hi]" of {"value", "lo", "hi"}, an open end as such."""
-    def end(number):
-        return "open" if number is None else f"{number:.3g}"
-    return f"{end(estimate['value'])} [{end(estimate['lo'])}, {end(estimate['hi'])}]"
+def end(value):
+    return "open" if value is None else f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
+
+
+def percent(estimate):
+    """A share with its interval in per cent."""
+    return show({key: share and round(100 * share, 1) for key, share in estimate.items()})
 
 
 def data_uri(path):
     """A file as an address that needs no network; None where there is no such file."""
-    kinds = {".png": "image/png", ".wav": "audio/wav", ".mp3": "audio/mpeg", ".ogg": "audio/ogg"}
+    kinds = {".png": "image/png", ".mp3": "audio/mpeg", ".svg": "image/svg+xml"}
     return path.exists() and f"data:{kinds[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}" or None
 
 
 def page_data(stats, results, fits, evaluation):
     """The tables of the page, each a list of {column: value}."""
-    works = stats["works"]
-    leak = works["leak_of_split_by_file"]
-    kept = stats["round_trip_f1"] and (f" The text keeps {stats['round_trip_f1']['mean']:.4%} of the notes (F1, onset "
-                                       "within 1/8 beat).") or ""
-    tested = {row["run"]: row for row in evaluation["models"]}
-    laws = fits["families"]
+    works, leak = stats["works"], stats["works"]["leak_of_split_by_file"]
+    kept = stats["round_trip_f1"] and (f" The text keeps {stats['round_trip_f1']['mean']:.4%} of the notes (F1, "
+                                       "onset within 1/8 beat).") or ""
     return {
         "files": [{"outcome": "converted", "files": stats["converted"]},
                   *({"outcome": f"rejected: {reason}", "files": n} for reason, n in stats["rejected"].items())],
@@ -3950,33 +4595,98 @@ def page_data(stats, results, fits, evaluation):
                       f"{leak['leaked_chars']:.1%} of the held-out characters have a version of their tune in training"
                       f"{'; here none has' if stats['split_by'] == 'work' else ', as here'}.{kept} The text takes "
                       f"{stats['chars_per_note']:.2f} characters per note.",
+        **training_data(results, evaluation), **law_data(fits["families"]), **music_data(evaluation),
+        "versions": [{"package": name, "version": importlib.metadata.version(name)}
+                     for name in ("torch", "numpy", "scipy", "symusic", "music21")]}
+
+
+def training_data(results, evaluation):
+    tested = {row["run"]: row for row in evaluation["models"]}
+    kinds = list(dict.fromkeys(kind for row in evaluation["models"] for kind in row["by_kind"]))
+    return {
         "training": [{"model": row["run"], "N": row["n_fit"], "all parameters": row["n_params"], "tokens": row["tokens"],
-                      "epochs": row["epochs"], "validation loss (nats)": row["val_loss"], "bits/char": row["val_bpc"],
-                      "test loss (nats)": tested[row["run"]]["test_loss"], "PFLOPs": row["flops"] / 1e15,
+                      "epochs": row["epochs"], "validation loss": row["val_loss"],
+                      "test loss [± 2 s.e.]": with_error(tested[row["run"]]), "PFLOPs": row["flops"] / 1e15,
                       "char/s": row["tokens_per_s"], "seconds": row["wall_s"]} for row in results["runs"] if row["main"]],
-        "laws": {family.upper(): law["verdict"] for family, law in laws.items()},
-        "law_rows": [{"family": family, "alpha": interval(law["power_law"]["alpha"]), "c": interval(law["power_law"]["c"]),
-                      "status": law["power_law"]["status"],
-                      "largest model, predicted before": law.get("prediction", {}).get("predicted"),
-                      "reached": law.get("prediction", {}).get("observed"), "hit": law.get("prediction", {}).get("hit")}
-                     for family, law in laws.items() if law["power_law"]["status"] != "refused"],
-        "music": {f"Valid samples of {evaluation['best']}": [
-            {"samples": kind, "n": row["n"], "valid": row["valid"],
-             "share [95 %]": interval(dict(zip(("value", "lo", "hi"), row["share_lo_hi"], strict=True)))}
-            for kind, row in evaluation["validity"].items()]}}
+        "units": [{"model": row["run"], "nats/character": row["test_loss"], "bits/character": row["test_bpc"],
+                   "perplexity": row["test_perplexity"], "bits/note": row["bits_per_note"],
+                   "bits/second of music": row["bits_per_second"]} for row in evaluation["models"]],
+        "kinds": [{"model": "share of characters", **{kind: f"{evaluation['models'][0]['by_kind'][kind]['share']:.1%}" for kind in kinds}},
+                  *({"model": row["run"], **{kind: row["by_kind"][kind]["bits"] for kind in kinds}} for row in evaluation["models"])],
+        "positions": [{"model": row["run"], **{f"{at['from']}\u2013{at['to'] - 1}": at["bits"] for at in row["by_position"]}}
+                      for row in evaluation["models"]]}
 
 
-def in_short(tables, results, evaluation):
+def with_error(row):
+    margin = 2 * (row["test_loss_se"] or math.nan)
+    return {"value": row["test_loss"], "lo": row["test_loss"] - margin, "hi": row["test_loss"] + margin}
+
+
+def law_data(families):
+    laws = {family: law["power_law"] for family, law in families.items() if law["power_law"]["status"] != "refused"}
+    surfaces = {family: law["parametric"] for family, law in families.items() if law["parametric"]["status"] != "refused"}
+    stated = {family: law["prediction"] for family, law in families.items() if law.get("prediction")}
+    return {
+        "verdicts": {family.upper(): law["verdict"] for family, law in families.items()},
+        "laws": [{"family": family, "alpha": law["alpha"], "c (nats)": law["c"], "status": law["status"]} for family, law in laws.items()],
+        "predictions": [{"model": row["model"], "stated at": row["stated_at"], "predicted": dict(row, value=row["predicted"]),
+                         "reached": row["observed"], "error": f"{row['error']:+.2%}",
+                         "verdict": {True: "hit", False: "miss", None: "no interval"}[row["hit"]]} for row in stated.values()],
+        "surfaces": [{"family": family, **{name: law[name] for name in ("alpha", "beta", "E")}, "status": law["status"]}
+                     for family, law in surfaces.items()],
+        "frontier": [{"family": family, "hours": row["hours"], "N": dict(value=row["n"], lo=row["n_lo"], hi=row["n_hi"]),
+                      "characters D": dict(value=row["d"], lo=row["d_lo"], hi=row["d_hi"]),
+                      "loss": dict(value=row["loss"], lo=row["loss_lo"], hi=row["loss_hi"])}
+                     for family, law in families.items() for row in law.get("frontier", [])]}
+
+
+def music_data(evaluation):
+    sizes = {row["run"]: row["n_fit"] for row in evaluation["models"]}
+    music = [{**row, "label": "real, held out" if row["run"] == "real" else f"{row['run']}, {row['kind']}"} for row in evaluation["music"]]
+    free = [row for row in music if row["kind"] != "constrained"]
+    names = list(dict.fromkeys(name for row in music for name in row["metrics"]))
+    unknown = {"value": None, "lo": None, "hi": None}
+    return {
+        "validity": [{"tunes": row["label"], "N": sizes.get(row["run"]), "n": row["n"], "bars that add up": f"{row['bars_right']:.1%}", "ended": row["ended"], "valid, %": percent(row["valid"]),
+                      "valid or cut, %": percent(row["valid_or_cut"]), "longest run": row["longest_run"], "copies, %": percent(row["copied"]),
+                      "faults": ", ".join(f"{reason} {n}" for reason, n in list(row["reasons"].items())[:4]) or "none"} for row in free],
+        "metrics": [{"tunes": row["label"], **{name.replace("_", " "): row["metrics"].get(name, unknown) for name in names}}
+                    for row in free if row["kind"] != "prompted"],
+        "constrained": [{"model": row["run"], "n": row["n"], "characters that the grammar chose (median tune)": f"{row['forced_share']:.2%}",
+                         "ended": row["ended"], "valid, %": percent(row["valid"])} for row in music if row["kind"] == "constrained"]}
+
+
+def in_short(tables, evaluation):
     """The study in a few sentences."""
     best = next(row for row in evaluation["models"] if row["run"] == evaluation["best"])
-    valid = sum(row["valid"] for row in evaluation["validity"].values())
-    return [tables["duplicates"], *(f"{family}: {verdict}" for family, verdict in tables["laws"].items()),
-            f"The best model, {best['run']}, reaches {best['test_loss']:.4f} nats ({best['test_bpc']:.4f} bits) per character "
-            f"on test tunes, a perplexity of {best['test_perplexity']:.2f}; {valid} of its "
-            f"{sum(row['n'] for row in evaluation['validity'].values())} samples are valid music."]
+    music = {(row["run"], row["kind"]): row for row in evaluation["music"]}
+    said = [f"{kind} {percent(music[best['run'], kind]['valid'])} % of {music[best['run'], kind]['n']}"
+            for kind in ("unprompted", "prompted", "constrained") if (best["run"], kind) in music]
+    copied = music[best["run"], "unprompted"]["copied"]
+    return [f"The best model, {best['run']}, reaches {best['test_bpc']:.3f} bits per character on tunes it has not seen: "
+            f"{best['bits_per_note']:.2f} bits per note, {best['bits_per_second']:.1f} bits per second of music.",
+            *(f"{family}: {verdict}" for family, verdict in tables["verdicts"].items()),
+            *(f"{row['model']} was predicted to reach {row['predicted']['predicted']:.4f} nats and reached {row['reached']:.4f}: "
+              f"{row['verdict']}." for row in tables["predictions"]),
+            f"Strictly valid among its tunes: {', '.join(said)}; of real held-out tunes {percent(music['real', 'real']['valid'])} %.",
+            f"{percent(copied)} % of its unprompted tunes share a longer run of notes with a training tune than 95 % of real tunes do; "
+            f"of real tunes it is {percent(music['real', 'real']['copied'])} % by definition of the limit.", tables["duplicates"]]
 
 
-@stage(version=1, knobs="", after=evaluate, root="SAVE_DIR")
+def shown_tunes(folder):
+    """What the page shows of the tunes in a folder that write_samples filled."""
+    tunes = []
+    for tune in read_json(folder / "metadata.json", []):
+        files = {kind: folder / f"{tune['name']}.{kind}" for kind in ("abc", "mp3", "png", "svg")}
+        faults = ", ".join(tune["check"]["reasons"])
+        tunes.append({"title": tune["name"], "abc": files["abc"].read_text("utf-8"), "roll": data_uri(files["png"]),
+                      "audio": data_uri(files["mp3"]), "score": data_uri(files["svg"]),
+                      "verdict": f"{f'not valid: {faults}' if faults else 'valid'}; {tune['check']['bars']} bars, "
+                                 f"longest run shared with training {tune['longest_run']} notes"})
+    return tunes
+
+
+@stage(version=2, knobs="", after=evaluate, root="SAVE_DIR")
 def report(cfg):
     """One self-contained page: every table and picture of it comes from the files of this run."""
     save = Path(cfg.SAVE_DIR)
@@ -3984,18 +4694,12 @@ def report(cfg):
     results, fits, evaluation = (read_json(save / f"{name}.json") for name in ("scaling_results", "fits", "evaluation"))
     tables = page_data(stats, results, fits, evaluation)
     pictures = [cfg.tokens_root / "length_distribution.png", *save.glob("*.png")]
-    tunes = []
-    for tune in read_json(save / "best_samples" / "metadata.json"):
-        path = save / "best_samples" / tune["name"]
-        faults = ", ".join(tune["check"]["reasons"])
-        tunes.append({"title": f"{tune['name']}, {tune['kind']}", "abc": path.with_suffix(".abc").read_text("utf-8"),
-                      "verdict": f"not valid: {faults}" if faults else "valid", "roll": data_uri(path.with_suffix(".png")),
-                      "audio": data_uri(path.with_suffix(".mp3"))})
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["show"] = show
     write_text(save / "report.html", environment.from_string(PAGE).render(
-        results=results, summary=in_short(tables, results, evaluation), tunes=tunes,
-        images={path.name: data_uri(path) for path in pictures}, **tables))
+        results=results, evaluation=evaluation, tables=tables, summary=in_short(tables, evaluation), knobs=cfg,
+        tunes={"best": shown_tunes(save / "best_samples"), "sizes": shown_tunes(save / "samples")},
+        images={path.name: data_uri(path) for path in pictures}))
     return [save / "report.html"]
 
 
@@ -4018,6 +4722,9 @@ def parse_flags(argv):
     parser.add_argument("--force", action="store_true", help="run the chosen stages even where they are up to date")
     parser.add_argument("--plan", metavar="BUDGET", help="print the best N and D for 2h, 90m or 1e18 FLOPs, and stop")
     parser.add_argument("--status", action="store_true", help="say what is done and what is stale, and stop")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="write N new tunes by the best model, and stop")
+    parser.add_argument("--prompt", default="", help="what they go on from: ABC text, an .abc or a .mid file")
+    parser.add_argument("--constrained", action="store_true", help="hold them to the notation: every bar adds up")
     knobs = parser.add_argument_group("knobs of class Cfg")
     for name, comment in knob_help().items():
         default = getattr(Cfg, name)
@@ -4078,6 +4785,8 @@ def main(argv=None):
             return 0
         if join_ranks(cfg) > 0:
             follow(cfg)
+        if flags.sample:
+            compose(cfg, flags.sample, flags.prompt, flags.constrained)
             return 0
         banner(cfg)
         if not run_stages(cfg, flags.only or flags.first, flags.only or flags.last, flags.force):
