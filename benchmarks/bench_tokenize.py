@@ -2,9 +2,9 @@
 
     python benchmarks/bench_tokenize.py [folder to write in] [characters per corpus]
 
-CPU time is that of one process; the grouping of works is not part of it (bench_works.py times that). Beside it
-stands what opening and reading the files twice costs any program: is it the text or the files? Prints a table
-and appends a line to benchmarks/results.jsonl.
+CPU time is that of one process, without the grouping of works (bench_works.py times that). Beside it stands
+what opening and reading the files twice costs any program: is it the text or the files? Prints a table and
+appends a line to benchmarks/results.jsonl.
 """
 import json
 import os
@@ -53,22 +53,22 @@ def peak_megabytes():
 
 
 def main(folder=None, total=20_000_000):
-    rows = [{"chars_per_tune": 0, "tunes": 0, "MB_per_s": 0.0, "files_alone_MB_per_s": 0.0,
-             "peak_MB": peak_megabytes()}]
+    rows = [{"chars_per_tune": 0, "peak_MB": peak_megabytes()}]
     with tempfile.TemporaryDirectory(dir=folder) as root:
         for length in LENGTHS:
             cfg = study.Cfg(DATA_ROOT=Path(root, str(length)))
             tunes = make_corpus(Path(cfg.DATA_ROOT), length, int(total))
             only_read(tunes, cfg)  # from the disk into the cache of the system
-            files, _ = cpu_seconds(only_read, tunes, cfg)
+            reading, _ = cpu_seconds(only_read, tunes, cfg)
             vocab_s, vocab = cpu_seconds(study.build_vocab, tunes, cfg)
             write_s, _ = cpu_seconds(study.write_tokens, "train", tunes, vocab, cfg)
             megabytes = len(tunes) * length / 1e6
-            rows.append({"chars_per_tune": length, "tunes": len(tunes),
-                         "MB_per_s": megabytes / (vocab_s + write_s), "files_alone_MB_per_s": megabytes / files, "peak_MB": peak_megabytes()})
-    print("characters per tune | tunes | MB/s | opening and reading alone, MB/s | peak MB (first row: at the start)")
-    for row in rows:
-        print(" | ".join(f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
+            rows.append({"chars_per_tune": length, "tunes": len(tunes), "peak_MB": peak_megabytes(),
+                         "MB_per_s": megabytes / (vocab_s + write_s),
+                         "files_alone_MB_per_s": megabytes / reading})
+    print(" | ".join(rows[1]), "(peak_MB at the start:", f"{rows[0]['peak_MB']:.0f})")
+    for row in rows[1:]:
+        print(" | ".join(f"{value:,.1f}" for value in row.values()))
     with open(Path(__file__).parent / "results.jsonl", "a", encoding="utf-8") as out:
         out.write(json.dumps({"benchmark": "tokenize", "cores": os.cpu_count(), "rows": rows}) + "\n")
 

@@ -1,11 +1,12 @@
-"""Does group_works find the versions of a work, only those, and in time? Its parameters are chosen by this table.
+"""Does group_works find the versions of a work, only those, and in time? So its parameters were chosen.
 
-    python benchmarks/bench_works.py pop909.zip nottingham.zip [more archives ...]      quality, about 4 minutes
-    python benchmarks/bench_works.py --scale pop909.zip nottingham.zip [more ...]       100,000 files, memory, chains
+    python benchmarks/bench_works.py pop909.zip nottingham.zip [more ...]            quality, some minutes
+    python benchmarks/bench_works.py --scale pop909.zip nottingham.zip [more ...]    speed, memory, chains
 
-What counts as one work is known for: the folders of POP909 (a song and its versions), edits made here (transposed,
-halved, cut ...), and equal titles in the folk books bundled with music21 (a hint only: some titles name two tunes).
-What is known to be different: pop songs and folk tunes. Prints tables, appends a line to benchmarks/results.jsonl.
+What counts as one work is known for the folders of POP909 (a song and its versions), for edits made here
+(transposed, halved, cut ...), and hinted at by equal titles in the folk books bundled with music21, though a
+title may name two tunes. Known to be different are pop songs and folk tunes. Prints tables and appends a line
+to benchmarks/results.jsonl.
 """
 import json
 import re
@@ -35,7 +36,8 @@ def load(archives):
             for name in sorted(archive.namelist()):
                 if study.is_midi(name):
                     song = re.search(r"POP909/(\d+)/", name)
-                    files.append((Path(path).stem, f"{Path(path).stem} {song[1] if song else name}", archive.read(name)))
+                    label = f"{Path(path).stem} {song[1] if song else name}"
+                    files.append((Path(path).stem, label, archive.read(name)))
     titles = folk_titles()
     for name, read in study.folk_members(study.Cfg()):
         try:
@@ -88,8 +90,9 @@ def edits(notes, drums):
 
 
 def describe(works):
-    signatures = np.array([study.fingerprint(notes, drums) for _, _, notes, drums in works])
-    return signatures, np.array([study.content_hash(notes, drums) for _, _, notes, drums in works])
+    music = [(notes, drums) for _, _, notes, drums in works]
+    return (np.array([study.fingerprint(*one) for one in music]),
+            np.array([study.content_hash(*one) for one in music]))
 
 
 def n_pairs(labels):
@@ -97,10 +100,10 @@ def n_pairs(labels):
 
 
 def score(groups, works, edited, n_edits):
-    """Precision and recall of pairs within POP909, recall on titles and edits, false pairs between pop and folk."""
+    """Precision and recall of pairs in POP909, recall of titles and edits, false pairs of pop and folk."""
     out, groups = {}, np.asarray(groups).tolist()
     for corpus in ("pop909", "folk"):
-        rows = [(group, label) for group, (name, label, _, _) in zip(groups, works, strict=True) if name == corpus]
+        rows = [(groups[i], label) for i, (name, label, *_) in enumerate(works) if name == corpus]
         both, found = n_pairs(rows), n_pairs(group for group, _ in rows)
         out[f"{corpus} recall"] = both / max(1, n_pairs(label for _, label in rows))
         if corpus == "pop909":
@@ -117,7 +120,7 @@ def score(groups, works, edited, n_edits):
 
 def lsh_groups(works, threshold):
     """The usual way: datasketch's MinHashLSH at a threshold, what it finds joined into groups."""
-    index, sketches, parent = MinHashLSH(threshold=threshold, num_perm=study.NUM_PERM), [], list(range(len(works)))
+    index, parent = MinHashLSH(threshold=threshold, num_perm=study.NUM_PERM), list(range(len(works)))
 
     def root(i):
         while parent[i] != i:
@@ -130,7 +133,6 @@ def lsh_groups(works, threshold):
         for other in index.query(sketch):
             parent[root(int(other))] = root(i)
         index.insert(str(i), sketch)
-        sketches.append(sketch)
     return [root(i) for i in range(len(works))]
 
 
@@ -158,7 +160,7 @@ def quality(works):
             by_edit = Counter((everything[i][1], bool(groups[i] == groups[origin])) for i, origin in edited)
             rows[-1]["edits"] = {name: by_edit[name, True] / (by_edit[name, True] + by_edit[name, False])
                                  for name in dict.fromkeys(name for name, _ in by_edit)}
-            rows.append({"method": "equal notes only", **score(hashes, everything, edited, n_edits), "seconds": 0})
+            rows.append({"method": "equal notes", "seconds": 0.0, **score(hashes, everything, edited, n_edits)})
         for name, value in before.items():
             setattr(study, name, value)
     for threshold in (0.5, 0.2):
@@ -170,7 +172,7 @@ def quality(works):
 
 
 def imitations(works, n, order, length=300, seed=0):
-    """(n, NUM_PERM) signatures of melodies that a Markov chain of `order` makes of the intervals of all works.
+    """(n, NUM_PERM) signatures of melodies that a Markov chain makes of the intervals of all works.
 
     They share the habits of real music and are no versions of each other: what is grouped is chance.
     """
@@ -204,19 +206,22 @@ def chains(works, n=100_000):
     order, rows = np.random.default_rng(0).permutation(len(works)), []
     for share in (8, 4, 2, 1):
         part = order[:len(works) // share]
-        sizes = np.array(list(Counter(study.group_works(signatures[part], hashes[part]).tolist()).values()))
-        rows.append({"files": f"{len(part):,} real", "largest": int(sizes.max()), "grouped": sizes[sizes > 1].sum() / len(part)})
+        groups = study.group_works(signatures[part], hashes[part])
+        rows.append({"files": f"{len(part):,} real", **sizes(groups)})
     for k in (3, 4, 5):
-        made = imitations(works, n, k)
-        names = np.array([f"made {i}" for i in range(n)])
-        groups = Counter(study.group_works(made, names).tolist())
-        sizes = np.array(list(groups.values()))
-        rows.append({"files": f"{n:,} imitations of order {k}", "largest": int(sizes.max()), "grouped": sizes[sizes > 1].sum() / n})
+        groups = study.group_works(imitations(works, n, k), np.array([f"made {i}" for i in range(n)]))
+        rows.append({"files": f"{n:,} imitations of order {k}", **sizes(groups)})
     return rows
 
 
+def sizes(groups):
+    """The largest group, and the share of files that have another in theirs."""
+    count = np.unique(groups, return_counts=True)[1]
+    return {"largest": int(count.max()), "grouped": count[count > 1].sum() / len(groups)}
+
+
 def scale():
-    """Seconds and memory of group_works on made-up signatures, a third of the files in groups, some values common."""
+    """Seconds and memory of group_works on made-up signatures, a third of the files in groups."""
     rows, rng = [], np.random.default_rng(0)
     for n in (20_000, 100_000, 176_581):
         signatures = rng.integers(0, 2**32 // 300, (n, study.NUM_PERM), dtype=np.uint32)
@@ -229,8 +234,9 @@ def scale():
         tracemalloc.start()
         began = time.process_time()
         groups = study.group_works(signatures, hashes)
-        rows.append({"files": n, "seconds": time.process_time() - began, "peak MB": tracemalloc.get_traced_memory()[1] / 1e6,
-                     "signatures MB": signatures.nbytes / 1e6, "largest": max(Counter(groups.tolist()).values())})
+        rows.append({"files": n, "seconds": time.process_time() - began,
+                     "signatures MB": signatures.nbytes / 1e6,
+                     "peak MB": tracemalloc.get_traced_memory()[1] / 1e6, **sizes(groups)})
         tracemalloc.stop()
     return rows
 
@@ -239,7 +245,8 @@ def show(rows):
     names = [name for name in rows[0] if name != "edits"]
     print(" | ".join(names))
     for row in rows:
-        print(" | ".join(f"{row[name]:.4f}" if isinstance(row[name], float) else f"{row[name]}" for name in names))
+        cells = (f"{row[name]:.4f}" if isinstance(row[name], float) else str(row[name]) for name in names)
+        print(" | ".join(cells))
 
 
 def main(*arguments):
@@ -254,7 +261,8 @@ def main(*arguments):
     else:
         result["quality"] = quality(works)
         show(result["quality"])
-        print("recall by edit:", {name: round(share, 3) for name, share in result["quality"][0]["edits"].items()})
+        by_edit = result["quality"][0]["edits"]
+        print("recall by edit:", {name: round(share, 3) for name, share in by_edit.items()})
     with open(Path(__file__).parent / "results.jsonl", "a", encoding="utf-8") as out:
         out.write(json.dumps(result, default=study.json_default) + "\n")
 
