@@ -998,7 +998,7 @@ def triplet_beats(notes, bars, step):
     beat = np.floor(notes.onset + step / 2 / BEAT).astype(int)
     off, off6 = (np.abs(notes.onset - np.rint(notes.onset * n) / n) for n in (BEAT // step, 6))
     gain = np.bincount(notes.voice * shape[1] + beat, off - off6, minlength=shape[0] * shape[1])
-    triplet = gain.reshape(shape) > 1 / BEAT
+    triplet = gain.reshape(shape) > 1 / (2 * BEAT)
     triplet[:, bars[bars % BEAT != 0] // BEAT] = False  # a bar line inside
     return triplet
 
@@ -1594,15 +1594,15 @@ def strict_abc(text):
 
 def write_strict(unit, cells, fields, sounds):
     """Cells -> text: a V: block for each part, a line per bar; `sounds`: (program, is_drum) of the parts."""
-    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields.pop(0)), "%%MIDI chordattack 0", "K:C"]
-    channels = {}
+    first, channels = fields.pop(0), {}
+    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", first), "%%MIDI chordattack 0", "K:C"]
     for part, (program, drum) in enumerate(sounds):
         free = min(len(channels) + 1, 15)  # the tenth is for drums
         channel = 10 if drum else channels.setdefault(program, free + (free > 9))
         lines += [f"V:{part + 1}", f"%%MIDI channel {channel}", f"%%MIDI program {program}", "K:C"]
         lines += [fields.get(bar, "") + music + "|" for bar, _, music in cells[part::len(sounds)]]
         if not part:  # abc2midi reads Q: in the first voice only, music21 in any
-            fields = {bar: re.sub(r"\[Q.*?]", "", text) for bar, text in fields.items()}
+            fields = {bar: re.sub(r"\[Q.*?]", "", text) for bar, text in [(0, first), *fields.items()]}
     return "\n".join(lines) + "\n"
 
 
