@@ -1383,7 +1383,7 @@ class Reader:
         self.inline = "[V:" in text
         self.metre, self.key, self.name, self.voices = 4.0, "", "1", {}
         self.unit, self.sharps = 0.5, 0  # of voices to come
-        self.bar, self.clock, self.played = 0, 0.0, set()  # inline: this bar, its beat, who has played in it
+        self.bar, self.clock, self.first = 0, 0.0, ""  # inline: this bar, its beat, the first voice in it
         self.number, self.rows, self.tempos, self.metres, self.problems = 0, [], [], [], []
 
     @property
@@ -1429,7 +1429,7 @@ class Reader:
             (self.voice if self.key else self).sharps = key_sharps(value)
             self.key = self.key or value.strip() or "C"
         elif letter == "V":
-            self.name = (value.split() or ["1"])[0]
+            self.name = (value.split() or [self.name])[0]
             if octave := re.search(r"octave=(-?\d)", value):
                 self.voice.octave = int(octave[1])
 
@@ -1482,12 +1482,12 @@ class Reader:
             voice.bars += 1
 
     def change_voice(self, value):
-        """Inline: the turn of another voice; if it had one in this bar a line break was lost."""
+        """Inline: the turn of another voice; that of the first one again if a line break was lost."""
         self.close_bar()
         self.read_field("V", value)
-        if self.name in self.played:
+        if value and value == self.first:
             self.next_bar()
-        self.played.add(self.name)
+        self.first = self.first or value
         self.voice.start = self.voice.now = self.clock
 
     def close_bar(self):
@@ -1498,7 +1498,7 @@ class Reader:
 
     def next_bar(self):
         self.close_bar()
-        self.bar, self.clock, self.played = self.bar + 1, self.clock + self.metre, set()
+        self.bar, self.clock, self.first = self.bar + 1, self.clock + self.metre, ""
 
 
 def merge_ties(rows):
@@ -1519,7 +1519,7 @@ def read_abc(text):
     """ABC text -> Tune. Never raises: what cannot be read is skipped and listed in `problems`."""
     reader = Reader(text)
     if reader.inline:  # a line broken inside a bar goes on
-        text = re.sub(r"(\[V:[^\n]*[^|\s])\n(?!\[|[A-Za-z]:|%)", r"\1", text)
+        text = re.sub(r"(\[V:[^\n]*[^|\s])\n(?!\[?[A-Za-z]:|%)", r"\1", text)
     for reader.number, line in enumerate(text.splitlines(), 1):
         reader.read_line(line)
     notes, open_ties = merge_ties(reader.rows)
