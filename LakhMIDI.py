@@ -1100,7 +1100,7 @@ def triplet_beats(notes, bars, step):
     beat = np.floor(notes.onset + step / 2 / BEAT).astype(int)
     off, off6 = (np.abs(notes.onset - np.rint(notes.onset * n) / n) for n in (BEAT // step, 6))
     gain = np.bincount(notes.voice * shape[1] + beat, off - off6, minlength=shape[0] * shape[1])
-    triplet = gain.reshape(shape) > 1 / BEAT
+    triplet = gain.reshape(shape) > 1 / (2 * BEAT)
     triplet[:, bars[bars % BEAT != 0] // BEAT] = False  # a bar line inside
     return triplet
 
@@ -1485,7 +1485,7 @@ class Reader:
         self.inline = "[V:" in text
         self.metre, self.key, self.name, self.voices = 4.0, "", "1", {}
         self.unit, self.sharps = 0.5, 0  # of voices to come
-        self.bar, self.clock, self.played = 0, 0.0, set()  # inline: this bar, its beat, who has played in it
+        self.bar, self.clock, self.first = 0, 0.0, ""  # inline: this bar, its beat, the first voice in it
         self.number, self.rows, self.tempos, self.metres, self.problems = 0, [], [], [], []
 
     @property
@@ -1531,7 +1531,7 @@ class Reader:
             (self.voice if self.key else self).sharps = key_sharps(value)
             self.key = self.key or value.strip() or "C"
         elif letter == "V":
-            self.name = (value.split() or ["1"])[0]
+            self.name = (value.split() or [self.name])[0]
             if octave := re.search(r"octave=(-?\d)", value):
                 self.voice.octave = int(octave[1])
 
@@ -1584,12 +1584,12 @@ class Reader:
             voice.bars += 1
 
     def change_voice(self, value):
-        """Inline: the turn of another voice; if it had one in this bar a line break was lost."""
+        """Inline: the turn of another voice; that of the first one again if a line break was lost."""
         self.close_bar()
         self.read_field("V", value)
-        if self.name in self.played:
+        if value and value == self.first:
             self.next_bar()
-        self.played.add(self.name)
+        self.first = self.first or value
         self.voice.start = self.voice.now = self.clock
 
     def close_bar(self):
@@ -1600,7 +1600,7 @@ class Reader:
 
     def next_bar(self):
         self.close_bar()
-        self.bar, self.clock, self.played = self.bar + 1, self.clock + self.metre, set()
+        self.bar, self.clock, self.first = self.bar + 1, self.clock + self.metre, ""
 
 
 def merge_ties(rows):
@@ -1621,7 +1621,7 @@ def read_abc(text):
     """ABC text -> Tune. Never raises: what cannot be read is skipped and listed in `problems`."""
     reader = Reader(text)
     if reader.inline:  # a line broken inside a bar goes on
-        text = re.sub(r"(\[V:[^\n]*[^|\s])\n(?!\[|[A-Za-z]:|%)", r"\1", text)
+        text = re.sub(r"(\[V:[^\n]*[^|\s])\n(?!\[?[A-Za-z]:|%)", r"\1", text)
     for reader.number, line in enumerate(text.splitlines(), 1):
         reader.read_line(line)
     notes, open_ties = merge_ties(reader.rows)
@@ -1696,15 +1696,15 @@ def strict_abc(text):
 
 def write_strict(unit, cells, fields, sounds):
     """Cells -> text: a V: block for each part, a line per bar; `sounds`: (program, is_drum) of the parts."""
-    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields.pop(0)), "%%MIDI chordattack 0", "K:C"]
-    channels = {}
+    first, channels = fields.pop(0), {}
+    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", first), "%%MIDI chordattack 0", "K:C"]
     for part, (program, drum) in enumerate(sounds):
         free = min(len(channels) + 1, 15)  # the tenth is for drums
         channel = 10 if drum else channels.setdefault(program, free + (free > 9))
         lines += [f"V:{part + 1}", f"%%MIDI channel {channel}", f"%%MIDI program {program}", "K:C"]
         lines += [fields.get(bar, "") + music + "|" for bar, _, music in cells[part::len(sounds)]]
         if not part:  # abc2midi reads Q: in the first voice only, music21 in any
-            fields = {bar: re.sub(r"\[Q.*?]", "", text) for bar, text in fields.items()}
+            fields = {bar: re.sub(r"\[Q.*?]", "", text) for bar, text in [(0, first), *fields.items()]}
     return "\n".join(lines) + "\n"
 
 

@@ -1,10 +1,10 @@
 """Conversion on real files: fidelity, compactness, speed and memory, beside the other ways from MIDI to ABC.
 
     python benchmarks/bench_convert.py SOURCE... [--files N] [--rivals N] [--music21 N]
-    python benchmarks/bench_convert.py SOURCE... --many 20000      memory and speed of the whole stage on copies
+    python benchmarks/bench_convert.py SOURCE... --many 20000      memory and speed of the stage on copies
     python benchmarks/bench_convert.py SOURCE... --fuzz 3000       mutated files through the worker pool
 
-SOURCE is a ZIP or a folder of MIDI files. Every mode prints a table and appends a line to benchmarks/results.jsonl.
+SOURCE is a ZIP or a folder of MIDI files. Each mode prints a table and appends a line to results.jsonl.
 """
 import argparse
 import collections
@@ -92,25 +92,26 @@ def fidelity(files, cfg, run, music21=0):
         reference, voices = LakhMIDI.score_notes(LakhMIDI.read_score(data))
         tune = read_abc(abc)
         midi = midi_notes(abc_to_midi(abc))
-        other, other_voices = LakhMIDI.score_notes(LakhMIDI.read_score(
-            run("abc2midi", strict_abc(abc).encode(), ".abc", ".mid")))
+        other = midi_notes(run("abc2midi", strict_abc(abc).encode(), ".abc", ".mid"))
         f8 = note_f1(reference, tune.notes)
         rows.append({
-            "F8": f8, "F16": note_f1(reference, tune.notes, 1 / 16), "FD": note_f1(reference, tune.notes, durations=True),
+            "F8": f8, "F16": note_f1(reference, tune.notes, 1 / 16),
+            "FD": note_f1(reference, tune.notes, durations=True),
             "sound": note_f1(sounding(reference, voices), sounding(tune.notes, tune.voices)) / max(f8, 1e-9),
             "midi": note_f1(tune.notes, midi, 1 / 96), "F8_abc2midi": note_f1(reference, other),
-            "agree": note_f1(tune.notes, other, 1 / 48), "agree_FD": note_f1(tune.notes, other, 1 / 48, durations=True),
+            "agree": note_f1(tune.notes, other, 1 / 48),
+            "agree_FD": note_f1(tune.notes, other, 1 / 48, durations=True),
             "problems": len(tune.problems) > 0, "chars": len(abc), "notes": len(reference.pitch)})
         if music21 and i % max(1, len(files) // music21) == 0:
-            one_voice = tune.notes._replace(voice=np.zeros(len(tune.notes.pitch), int))  # as music21_notes returns them
             readers["files"] += 1
+            one_voice = tune.notes._replace(voice=np.zeros(len(tune.notes.pitch), int))  # as in music21_notes
             readers["same"] += note_f1(one_voice, LakhMIDI.music21_notes(abc), 1 / 48) > 0.999
     table = {key: np.array([row[key] for row in rows], float) for key in rows[0]}
-    mean = {key: float(table[key].mean()) for key in ("F8", "F16", "FD", "sound", "midi", "F8_abc2midi", "agree", "agree_FD")}
-    return mean | {"files": len(files), "above_.99": float((table["F8"] > .99).mean()),
-                   "chars/note": float(table["chars"].sum() / table["notes"].sum()), "alphabet": len(alphabet),
-                   "max_chars": int(table["chars"].max()), "with_problems": int(table["problems"].sum()),
-                   "chars/file": float(table["chars"].mean()), "rejects": dict(rejects), "music21": dict(readers)}
+    row = {key: float(column.mean()) for key, column in table.items() if key not in ("problems", "chars", "notes")}
+    return row | {"files": len(files), "above_.99": float((table["F8"] > .99).mean()),
+                  "chars/note": float(table["chars"].sum() / table["notes"].sum()), "alphabet": len(alphabet),
+                  "max_chars": int(table["chars"].max()), "with_problems": int(table["problems"].sum()),
+                  "chars/file": float(table["chars"].mean()), "rejects": dict(rejects), "music21": dict(readers)}
 
 
 def speed(files, cfg, folder):
@@ -130,7 +131,7 @@ def speed(files, cfg, folder):
             continue
         seconds.update(pretty_midi=parsed - began, ours=converted - parsed, stage=time.process_time() - converted)
         count += 1
-    return {"timed": count, "ratio": seconds["ours"] / seconds["pretty_midi"], "ms/file": 1e3 * seconds["ours"] / count,
+    return {"timed": count, "ratio": seconds["ours"] / seconds["pretty_midi"],
             "ratio_with_score": seconds["stage"] / seconds["pretty_midi"]}
 
 
@@ -145,7 +146,8 @@ def rivals(files, run):
             try:
                 reference = midi_notes(data)
                 abc = make(data)
-                scores.append(note_f1(reference, midi_notes(run("abc2midi", abc, ".abc", ".mid"))))
+                midi = run("abc2midi", abc, ".abc", ".mid")
+                scores.append(note_f1(reference, midi_notes(midi)))
                 chars, notes = chars + len(abc), notes + len(reference.pitch)
             except (Rejected, OSError, RuntimeError, subprocess.SubprocessError):
                 scores.append(0.0)  # no text, or none that abc2midi reads
@@ -174,13 +176,13 @@ def in_turn(files, cfg, folder, repeats=5):
 
 
 def memory(pid):
-    """(resident, private) MB of a process; (0, 0) once it is gone."""
+    """MB of a process: {"resident", "own": what it does not share with any other}; zeros once it is gone."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
-        return 0, 0
-    size = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
-    return size["Rss"] / 1024, (size["Private_Clean"] + size["Private_Dirty"]) / 1024
+        return {"resident": 0, "own": 0}
+    size = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines[1:]}
+    return {"resident": size["Rss"], "own": size["Private_Clean"] + size["Private_Dirty"]}
 
 
 def children(pid):
@@ -192,32 +194,35 @@ def children(pid):
     return found
 
 
+def copies(files, n, root):
+    """Writes `n` MIDI files, the given ones transposed."""
+    for i in range(n):
+        name, data = files[i % len(files)]
+        with contextlib.suppress(RuntimeError, ValueError):  # out of range: copied as it is
+            score = symusic.Score.from_midi(data, sanitize_data=True)
+            data = score.shift_pitch(i // len(files) % 12 - 6).dumps_midi()
+        Path(root, f"{i:06d}_{Path(name).stem}.mid").write_bytes(data)
+
+
+def watch(over, journal, peak, parent):
+    """Until `over` is set: the workers' peaks, and the parent's memory at each size of the journal."""
+    while not over.wait(0.5):
+        for size in map(memory, children(os.getpid())):
+            peak.update({key: max(value, peak[key]) for key, value in size.items()})
+        with contextlib.suppress(OSError):
+            parent.append((journal.stat().st_size, memory(os.getpid())["resident"]))
+
+
 def many(files, n, workers):
-    """The convert stage on `n` files made by transposing the given ones: memory against the number of files done."""
+    """The convert stage on `n` files made from the given ones: memory against the number of files done."""
     with tempfile.TemporaryDirectory() as folder:
         root, data_root = Path(folder, "midi"), Path(folder, "data_lakh")
         root.mkdir()
-        for i in range(n):
-            name, data = files[i % len(files)]
-            with contextlib.suppress(RuntimeError):  # a broken file is copied as it is
-                shift = i // len(files) - n // len(files) // 2
-                data = symusic.Score.from_midi(data, sanitize_data=True).shift_pitch(shift).dumps_midi()
-            Path(root, f"{i:06d}_{Path(name).stem}.mid").write_bytes(data)
+        copies(files, n, root)
         cfg = LakhMIDI.Cfg(USE_LOCAL_MIDI=True, LOCAL_MIDI_ROOT=root, DATA_ROOT=data_root, WORKERS=workers)
         LakhMIDI.extract(cfg)
-        rows, over = [], threading.Event()
-        peak = collections.Counter()
-
-        def watch():
-            journal = data_root / "abc" / "journal.jsonl"
-            while not over.wait(0.5):
-                sizes = [memory(pid) for pid in children(os.getpid())]
-                peak["resident"] = max([peak["resident"], *(size[0] for size in sizes)])
-                peak["private"] = max([peak["private"], *(size[1] for size in sizes)])
-                with contextlib.suppress(OSError):
-                    rows.append((journal.stat().st_size, *memory(os.getpid())))
-
-        watcher = threading.Thread(target=watch)
+        over, peak, parent = threading.Event(), {"resident": 0, "own": 0}, []
+        watcher = threading.Thread(target=watch, args=(over, data_root / "abc" / "journal.jsonl", peak, parent))
         watcher.start()
         began = time.perf_counter()
         LakhMIDI.convert(cfg)
@@ -226,16 +231,14 @@ def many(files, n, workers):
         watcher.join()
         with open(data_root / "abc" / "report.jsonl", encoding="utf-8") as lines:
             report = [json.loads(line) for line in lines]
-        chars = sum(row.get("n_chars", 0) for row in report)
-        disk = LakhMIDI.size_on_disk(data_root / "abc")[1]
-        last = rows[-1][0]
-        parent = {f"{share:.0%}": round(next(row[2] for row in rows if row[0] >= share * last))
-                  for share in (.05, .25, .5, .75, 1)}
-        per_file = seconds * workers / n
-        return {"files": n, "workers": workers, "seconds": seconds, "texts": sum("abc" in row for row in report),
-                "parent_private_MB": parent, "worker_resident_MB": peak["resident"], "worker_private_MB": peak["private"],
-                "lakh": {"minutes_2_cores": per_file * LAKH_FILES / 2 / 60, "minutes_16_cores": per_file * LAKH_FILES / 16 / 60,
-                         "characters": chars / n * LAKH_FILES, "disk_GB": disk / n * LAKH_FILES / 1e9}}
+        disk, last = LakhMIDI.size_on_disk(data_root / "abc")[1], parent[-1][0]
+    at = {f"{share:.0%}": round(next(size for done, size in parent if done >= share * last))
+          for share in (.05, .25, .5, .75, 1)}
+    minutes, scale = seconds * workers / n * LAKH_FILES / 60, LAKH_FILES / n
+    return {"files": n, "workers": workers, "seconds": seconds, "texts": sum("abc" in row for row in report),
+            "parent_resident_MB": at, "worker_resident_MB": peak["resident"], "worker_own_MB": peak["own"],
+            "lakh_minutes_2_cores": minutes / 2, "lakh_minutes_16_cores": minutes / 16,
+            "lakh_characters": sum(row.get("n_chars", 0) for row in report) * scale, "lakh_disk_GB": disk * scale / 1e9}
 
 
 def mutate(data, other, rng):
@@ -263,7 +266,7 @@ def mutate(data, other, rng):
 
 
 def fuzz(files, n, seed=1):
-    """Mutants through the worker pool: reasons counted, none of them a crash, a time-out or an internal error."""
+    """Mutants through the worker pool, counted by reason; none should be a crash, a time-out or a failure."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         for i in range(n):
@@ -289,8 +292,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="+")
     parser.add_argument("--files", type=int, default=0, help="at most so many files of each source")
-    parser.add_argument("--rivals", type=int, default=0, help="compare with other converters on so many files")
-    parser.add_argument("--music21", type=int, default=0, help="read the strict export of so many files with music21")
+    parser.add_argument("--rivals", type=int, default=0, help="run other converters on so many files")
+    parser.add_argument("--music21", type=int, default=0, help="read so many strict exports with music21")
     parser.add_argument("--many", type=int, default=0, help="run the stage on so many files")
     parser.add_argument("--fuzz", type=int, default=0, help="convert so many mutants")
     parser.add_argument("--workers", type=int, default=2, help="of --many")
