@@ -172,7 +172,7 @@ class Cfg(metaclass=KnobType):
     SEEDS = 1  # trainings per model, with seeds SEED, SEED + 1, ...
     SEED = 1337  # everything random follows from it
     # --- optimiser
-    LR = 0.0125  # peak learning rate of the weight matrices (Muon)
+    LR = 0.01  # peak learning rate of the weight matrices (Muon)
     LR_ADAM = 0.01  # peak learning rate of embedding, head and biases (AdamW)
     BETAS = (0.9, 0.95)  # of AdamW
     WEIGHT_DECAY = 0.01  # decoupled, on the weight matrices
