@@ -180,7 +180,7 @@ class Cfg(metaclass=KnobType):
     SEEDS = 1  # trainings per model, with seeds SEED, SEED + 1, ...
     SEED = 1337  # everything random follows from it
     # --- optimiser
-    LR = 0.0125  # peak learning rate of the weight matrices (Muon)
+    LR = 0.01  # peak learning rate of the weight matrices (Muon)
     LR_ADAM = 0.01  # peak learning rate of embedding, head and biases (AdamW)
     BETAS = (0.9, 0.95)  # of AdamW
     WEIGHT_DECAY = 0.01  # decoupled, on the weight matrices
@@ -2246,10 +2246,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """A Transformer whose inputs hold the character before too: one layer of attention can then find what
+    followed the present character last time, as with the smeared keys of https://arxiv.org/abs/2209.11895.
+    """
+
     def __init__(self, size, vocab_size, seq_len):
         super().__init__()
         self.size, self.seq_len = size, seq_len
         self.embed = nn.Embedding(vocab_size, size.width)
+        self.before = nn.Parameter(torch.full((size.width,), 0.5))  # the weight of the character before
         self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.layers))
         self.head = nn.Linear(size.width, vocab_size, bias=False)
         nn.init.zeros_(self.head.weight)
@@ -2259,17 +2264,18 @@ class GPT(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def empty_state(self, batch, length):
-        """Room for keys and values of `length` characters: [filled, (layers, 2, B, heads, length, width)]."""
-        s = self.size
-        return [0, self.head.weight.new_zeros(s.layers, 2, batch, s.heads, length, s.width // s.heads)]
+        """[characters read, keys and values (layers, 2, B, heads, length, width), last input (B, 1, C)]."""
+        s, new = self.size, self.head.weight.new_zeros
+        return [0, new(s.layers, 2, batch, s.heads, length, s.width // s.heads), new(batch, 1, s.width)]
 
     def forward(self, tokens, state=None):  # (B, T) -> (B, T, V)
-        start, past = state or (0, [None] * len(self.blocks))
-        span = slice(start, start + tokens.size(1))
-        x = rms_norm(self.embed(tokens))
+        x = self.embed(tokens)
+        start, past, last = state or (0, [None] * len(self.blocks), torch.zeros_like(x[:, :1]))
+        span, last, shifted = slice(start, start + x.size(1)), x[:, -1:], torch.cat([last, x[:, :-1]], dim=1)
+        x = rms_norm(x + self.before * shifted)
         for block, kv in zip(self.blocks, past, strict=True):
             x = block(x, self.cos[span].to(x.dtype), self.sin[span].to(x.dtype), kv, start)
-        return self.head(rms_norm(x)), state and [span.stop, past]
+        return self.head(rms_norm(x)), state and [span.stop, past, last]
 
     def matmul_params(self):
         """Weights that every character is multiplied with: all but the embedding."""

@@ -144,6 +144,11 @@ def one_matrix(model):
         vars(p).pop("stacked", None)
 
 
+def blind_to_the_last(model):
+    del model.before
+    model.register_buffer("before", torch.zeros(model.size.width))
+
+
 def nothing(*args):
     return contextlib.nullcontext()
 
@@ -176,6 +181,7 @@ def adamw():
 # (name, families, how, knobs)
 ABLATIONS = [
     ("the recipe", "gpt lstm", nothing, {}),
+    ("no character before", "gpt", lambda: changed_model(blind_to_the_last), {}),
     ("no QK-norm", "gpt", without_qk_norm, {}),
     ("learned positions", "gpt", rotary_off, {}),
     ("GELU", "gpt", gelu_mlp, {}),

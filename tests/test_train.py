@@ -33,9 +33,29 @@ def test_parameter_counts_by_formula(family):
         if size.family == family:
             model = study.build_model(size, 60, cfg)
             counts = study.count_params(model)
-            biases = 8 * size.layers * size.width if family == "lstm" else 0
-            assert counts["n_fit"] == model.matmul_params() + biases
+            vectors = 8 * size.layers if family == "lstm" else 1  # biases; the weight of the character before
+            assert counts["n_fit"] == model.matmul_params() + vectors * size.width
             assert counts["n_params"] == counts["n_fit"] + 60 * size.width
+
+
+@pytest.mark.parametrize("name", ["gpt_80K", "lstm_80K"])
+def test_a_state_remembers_what_was_read_and_nothing_sees_the_future(name):
+    cfg = Cfg(STUDY="cpu", DEVICE="cpu", SEQ_LEN=32)
+    torch.manual_seed(0)
+    model = study.build_model(name, 60, cfg)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    tokens = torch.randint(0, 60, (3, 32))
+    with torch.no_grad():
+        whole = model(tokens)[0]
+        state, pieces = model.empty_state(3, 32), []
+        for part in tokens.split([1, 1, 9, 1, 20], dim=1):
+            logits, state = model(part, state)
+            pieces.append(logits)
+        torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4)
+        changed = tokens.clone()
+        changed[:, 20:] = 0
+        torch.testing.assert_close(model(changed)[0][:, :20], whole[:, :20], rtol=1e-4, atol=1e-4)
 
 
 def test_flops_of_the_transformer_match_torch():
