@@ -3774,7 +3774,7 @@ def continue_rows(model, rows, room, grammars, vocab, chance, rule):
         choice = pick(logits[:, -1].float().cpu().numpy(), chance[live, filled], rule,
                       [grammars[i] if write else None for i, write in zip(live, writes, strict=True)])
         tokens[live[writes], filled] = choice[writes]
-        ends[live[writes & (choice == END)]] = filled
+        ends[live[writes & ((choice == END) | (choice == UNKNOWN))]] = filled
         filled += 1
     return tokens, ends
 
@@ -3794,7 +3794,8 @@ def window_after(tokens, seq_len, vocab):
 def pick(logits, chance, rule, grammars):
     """One symbol per row: logits (R, V), chance (R,) in [0, 1) -> (R,). Never start or unknown.
 
-    Where a grammar refuses a symbol, the likeliest of those that it allows is taken.
+    Where a grammar refuses a symbol, the likeliest of those that it allows is taken; unknown where the vocabulary has
+    none of them, and there the tune stops.
     """
     logits[:, [START, UNKNOWN]] = -np.inf
     choice = draw(logits, chance, *rule)
@@ -3802,7 +3803,6 @@ def pick(logits, chance, rule, grammars):
         if grammar and not grammar.feed(choice[i]):
             grammar.forced += 1
             choice[i] = next((n for n in np.argsort(-logits[i]) if grammar.feed(n)), UNKNOWN)
-            need(choice[i] != UNKNOWN, "the model lacks a character that the notation needs; sample without constraint")
     return choice
 
 
@@ -3853,8 +3853,9 @@ def note_lengths(unit, left, events=0, beat=0):
 
 
 @functools.lru_cache(maxsize=4096)
-def prefixes(symbols):
-    return frozenset(symbol[:n] for symbol in symbols for n in range(1, len(symbol) + 1))
+def prefixes(symbols, chars):
+    """The beginnings of those symbols that are spelt in `chars`."""
+    return frozenset(symbol[:n] for symbol in symbols if chars.issuperset(symbol) for n in range(1, len(symbol) + 1))
 
 
 class Place(NamedTuple):
@@ -3981,6 +3982,7 @@ class Grammar:
 
     def __init__(self, vocab, prompt, max_chars):
         self.chars = [THE_END if i == END else char if i > UNKNOWN else None for i, char in enumerate(vocab.chars)]
+        self.known = frozenset(filter(None, self.chars))
         self.place, self.symbol, self.room, self.forced = Place(), "", max_chars + len(prompt), 0
         self.closing = False  # as it was when the symbol began
         for i, n in enumerate(vocab.encode(prompt)):
@@ -3992,7 +3994,7 @@ class Grammar:
         place, symbol = self.place, self.symbol
         while char:
             sets = place.symbols(self.closing if symbol else self.room <= 0)
-            if any(symbol + char in prefixes(some) for some in sets):
+            if any(symbol + char in prefixes(some, self.known) for some in sets):
                 return place, symbol + char
             if not any(symbol in some for some in sets):
                 return None
@@ -4140,7 +4142,7 @@ def melody(notes, drums):
 
     A step forgets the key. Repeated notes count once: long runs of them are in everybody's music.
     """
-    pitched = ~np.append(drums, False)[notes.voice]
+    pitched = ~np.append(drums, False).astype(bool)[notes.voice]
     packed = np.sort(notes.voice[pitched].astype(np.int64) << 40 | np.rint(48 * notes.onset[pitched]).astype(np.int64) << 8
                      | notes.pitch[pitched])
     # a note within 1/16 beat of the one before belongs to its chord
