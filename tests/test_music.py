@@ -236,7 +236,7 @@ def test_the_evaluation_of_a_study_balances(smoke):
     for tune in study.read_json(save / "best_samples" / "metadata.json"):
         files = [save / "best_samples" / f"{tune['name']}.{kind}" for kind in ("abc", "mid")]
         assert all(path.exists() for path in files)
-        assert len(study.read_midi_notes(files[1]).pitch) == len(study.read_abc(files[0].read_text()).notes.pitch)
+        assert len(study.score_notes(study.read_score(files[1]))[0].pitch) == len(study.read_abc(files[0].read_text()).notes.pitch)
 
 
 # --- on demand
@@ -265,6 +265,6 @@ def test_the_command_line_writes_tunes(smoke, tmp_path, capsys):
         path = Path(line.split(".mid")[0])
         prompt = study.read_prompt(str(tmp_path / "mine.mid"), Cfg())
         assert path.with_suffix(".abc").read_text().startswith(prompt)
-        assert len(study.read_midi_notes(path.with_suffix(".mid")).pitch) > 20
+        assert len(study.score_notes(study.read_score(path.with_suffix(".mid")))[0].pitch) > 20
     assert main(["--sample", "1", "--prompt", "X:1\né", *flags]) == 2
     assert main(["--sample", "1", "--SAVE_DIR", str(tmp_path)]) == 2
