@@ -160,7 +160,8 @@ def quality(works):
             by_edit = Counter((everything[i][1], bool(groups[i] == groups[origin])) for i, origin in edited)
             rows[-1]["edits"] = {name: by_edit[name, True] / (by_edit[name, True] + by_edit[name, False])
                                  for name in dict.fromkeys(name for name, _ in by_edit)}
-            rows.append({"method": "equal notes", "seconds": 0.0, **score(hashes, everything, edited, n_edits)})
+            rows.append({"method": "equal notes", **score(hashes, everything, edited, n_edits)}
+                        | {"seconds": 0.0})
         for name, value in before.items():
             setattr(study, name, value)
     for threshold in (0.5, 0.2):
