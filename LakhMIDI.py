@@ -1707,6 +1707,8 @@ def fingerprint(notes, drums):
 def convert_file(source, target, cfg):
     """In a worker: converts a MIDI file to `target`; returns its row of report.jsonl."""
     try:
+        if len(Path(target).name.encode()) > 240:  # file systems take 255 bytes, and a suffix is to come
+            raise Rejected("name_too_long")
         row = convert_one(Path(source).read_bytes(), cfg)
     except Rejected as reject:
         return {"reason": reject.reason}
@@ -1756,8 +1758,8 @@ def convert_all(files, cfg):
 
 def read_rows(path):
     """The rows of a report or journal one by one, up to a line that was cut off; none without a file."""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), open(path, encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as lines:
+        yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
 
 def resume_journal(journal, recipe, cfg):
