@@ -556,7 +556,8 @@ def check_name(name, suffixes=MIDI_SUFFIXES):
         raise Skip("unsafe path")
     if any(part.startswith((".", "__MACOSX")) for part in parts):
         raise Skip("hidden")  # macOS packs a resource fork ._a.mid with every a.mid
-    if len(name) > 400 or max(len(part.encode("utf-8", "surrogatepass")) for part in parts) > 240:
+    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in parts)
+    if len(name) > 400 or longest > 230:  # file systems take 255 bytes, and suffixes are to come
         raise Skip("name too long")
     return parts
 
@@ -1075,11 +1076,20 @@ def bar_lines(changes, end):
     return np.array(lines), metres
 
 
-def bar_tempos(changes, bars):
-    """Tempos [(beat, quarters per minute)], ticks of bar lines -> (mean tempo of each bar (B,), seconds)."""
-    beat, qpm = np.array([(0, 120), *sorted(c for c in changes if c[0] < MAX_BEATS), (2 * MAX_BEATS, 120)]).T
+def bar_fields(metres, tempos, bars):
+    """{bar: metre}, [(beat, qpm)], ticks of bar lines -> ({bar: "[M:3/4][Q:1/4=90]"}, seconds).
+
+    A bar has its mean tempo, so that the seconds stay what they were.
+    """
+    fields = {bar: f"[M:{num}/{den}]" for bar, (num, den) in metres.items()}
+    beat, qpm = np.array([(0, 120), *sorted(t for t in tempos if t[0] < MAX_BEATS), (2 * MAX_BEATS, 120)]).T
     seconds = np.interp(bars / BEAT, beat, np.cumsum([0, *np.diff(beat) * 60 / qpm[:-1]]))
-    return 60 / BEAT * np.diff(bars) / np.diff(seconds), seconds[-1]
+    tempo = 1e-9
+    for bar, mean in enumerate((60 / BEAT * np.diff(bars) / np.diff(seconds)).tolist()):
+        if abs(mean / tempo - 1) > 0.03:  # smaller changes are below what listeners notice
+            tempo = max(1, round(mean))
+            fields[bar] = fields.get(bar, "") + f"[Q:1/4={tempo}]"
+    return fields, float(seconds[-1])
 
 
 # --- quantising
@@ -1198,7 +1208,7 @@ def choose_key(pitch):
 
 @functools.cache
 def spelling(key, octave):
-    """All pitches in a key: (128 names, then 128 with explicit marks; letters; which are foreign to it)."""
+    """All pitches in a key: (128 names, then 128 with marks; letters 0-6; which pitches the key lacks)."""
     sharps = key - 5
     low = min(max(sharps - 3, -8), 1)  # the twelve names in a row on the line of fifths, F flat to B sharp
     fifths = {7 * fifth % 12: fifth for fifth in range(low, low + 12)}
@@ -1207,24 +1217,22 @@ def spelling(key, octave):
         fifth = fifths[pitch % 12]
         alter, letter = (fifth + 1) // 7, LETTERS[4 * fifth % 7]
         height = (pitch - alter) // 12 - 5 - octave  # 0 = the octave of middle C
-        name = letter.lower() + "'" * (height - 1) if height > 0 else letter + "," * -height
+        names.append(letter.lower() + "'" * (height - 1) if height > 0 else letter + "," * -height)
+        marked.append(MARKS[alter] + names[-1])
         foreign.append(not sharps - 1 <= fifth <= sharps + 5)
-        marked.append(MARKS[alter] + name)
-        names.append(marked[-1] if foreign[-1] else name)
     letters = np.array([4 * fifths[pitch % 12] % 7 for pitch in range(128)])
     return names + marked, letters, np.array(foreign)
 
 
 def name_notes(voice, pitch, group, keys, octaves):
-    """Names of notes in the keys and octaves of their voices; `group` numbers the bars of all voices.
+    """Names of notes in the keys and octaves of their voices; `group` numbers bars and voices.
 
-    A name is marked where its bar has the letter in two forms, and always where there are no `keys`.
+    A letter is marked throughout a bar that has it foreign to the key; without `keys` everything is.
     """
     tables = [spelling(key, octave) for key, octave in zip(keys or [5] * len(octaves), octaves, strict=True)]
     letters, foreign = np.array([t[1] for t in tables]), np.array([t[2] for t in tables])
-    slot, away = group * 7 + letters[voice, pitch], foreign[voice, pitch]
-    altered = np.bincount(slot, away) > 0
-    marked = (altered[slot] | (keys is None)) & ~away
+    slot = group * 7 + letters[voice, pitch]
+    marked = (np.bincount(slot, foreign[voice, pitch]) > 0)[slot] | (keys is None)
     return [tables[v][0][p] for v, p in zip(voice.tolist(), (pitch + 128 * marked).tolist(), strict=True)]
 
 
@@ -1354,30 +1362,10 @@ def write_cells(notes, bars, triplet, keys, octaves):
                          zip(line[heads].tolist(), heads, [*heads[1:], len(tokens)], strict=True)]
 
 
-def write_body(cells, fields, n_voices):
-    """Cells -> text: a line per bar, [V:n] for each voice that sounds, Zn for the bars that it has missed."""
-    lines, due = {}, [0] * n_voices  # the bar that each voice has to write next
-    for bar, voice, music in cells:
-        missed = f"Z{bar - due[voice]}|" if due[voice] < bar else ""
-        lines[bar] = f"{lines.get(bar) or fields.get(bar, '')}[V:{voice + 1}]{missed}{music}|"
-        due[voice] = bar + 1
-    return "\n".join(lines.values()) + "\n"
-
-
-def header_fields(metres, tempos):
-    """Metres {bar: (num, den)}, tempo of each bar -> {bar: '[M:3/4][Q:1/4=90]'} where something changes."""
-    fields, tempo = {bar: f"[M:{num}/{den}]" for bar, (num, den) in metres.items()}, 1e-9
-    for bar, qpm in enumerate(tempos.tolist()):
-        if abs(qpm / tempo - 1) > 0.03:  # smaller changes are below what listeners notice
-            tempo = max(1, round(qpm))
-            fields[bar] = fields.get(bar, "") + f"[Q:1/4={tempo}]"
-    return fields
-
-
-def write_header(voices, octaves, unit, units, key, fields):
-    """Everything above the first bar. What differs between voices stands below their V: fields."""
-    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields), f"K:{KEYS[key]}"]
-    for i, (program, drum) in enumerate(voices):
+def write_abc(voices, octaves, key, unit, units, fields, cells):
+    """Header and cells -> text: a line per bar, [V:n] for each voice that sounds, Zn for bars it missed."""
+    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields.pop(0)), f"K:{KEYS[key]}"]
+    for i, (program, drum) in enumerate(voices):  # what differs between voices stands below their V: fields
         lines.append(f"V:{i + 1}" + (f" octave={octaves[i]}" if octaves[i] else ""))
         if program:  # without it players take 0, the piano
             lines.append(f"%%MIDI program {program}")
@@ -1385,7 +1373,12 @@ def write_header(voices, octaves, unit, units, key, fields):
             lines += ["%%MIDI channel 10", f"K:{KEYS[DRUM_KEY]}"]
         if units[i] != unit:
             lines.append(f"L:1/{units[i]}")
-    return "\n".join(lines) + "\n"
+    bars, due = {}, [0] * len(voices)  # the bar that each voice has to write next
+    for bar, voice, music in cells:
+        missed = f"Z{bar - due[voice]}|" if due[voice] < bar else ""
+        bars[bar] = f"{bars.get(bar) or fields.get(bar, '')}[V:{voice + 1}]{missed}{music}|"
+        due[voice] = bar + 1
+    return "\n".join([*lines, *bars.values()]) + "\n"
 
 
 def score_to_abc(score, notes, voices, cfg):
@@ -1415,13 +1408,11 @@ def score_to_abc(score, notes, voices, cfg):
     unit, units, cells = write_cells((voice, pitch, start, end), bars, triplet, keys, octaves)
     tempos = [(tempo.time / score.tpq, 6e7 / max(1, tempo.mspq)) for tempo in score.tempos]
     n_bars = cells[-1][0] + 1
-    tempos, seconds = bar_tempos(tempos, bars[:n_bars + 1])
-    fields = header_fields(metres, tempos)
-    abc = write_header(voices, octaves, unit, units, key, fields.pop(0))
-    abc += write_body(cells, fields, len(voices))
+    fields, seconds = bar_fields(metres, tempos, bars[:n_bars + 1])
+    abc = write_abc(voices, octaves, key, unit, units, fields, cells)
     if len(abc) > cfg.MAX_ABC_CHARS:
         raise Rejected("too_many_chars", f"{len(abc)}")
-    return {"abc": abc, "n_bars": n_bars, "seconds": float(seconds)}
+    return {"abc": abc, "n_bars": n_bars, "seconds": seconds}
 
 
 def midi_to_abc(source, cfg):
@@ -1690,7 +1681,7 @@ def strict_abc(text):
     part = (np.cumsum(most) - most)[voice] + layer
     triplet, sounds = np.repeat(triplet, most, axis=0), np.repeat(voices, most, axis=0).tolist()
     unit, _, cells = write_cells((part, pitch, start, ends), bars, triplet, None, [0] * len(sounds))
-    fields = header_fields(metres, bar_tempos(tune.tempos, bars[:cells[-1][0] + 2])[0])
+    fields, _ = bar_fields(metres, tune.tempos, bars[:cells[-1][0] + 2])
     return write_strict(unit, cells, fields, sounds)
 
 
@@ -1709,10 +1700,7 @@ def write_strict(unit, cells, fields, sounds):
 
 
 def abc2midi_notes(text):
-    """(Notes, [(program, is_drum)]) that abc2midi, an independent reader, finds in a text's strict export.
-
-    Raises Skip, Rejected, UserError.
-    """
+    """What abc2midi finds in a text's strict export: (Notes, [(program, is_drum)]). Raises Skip, Rejected."""
     with abc2midi_program() as program:
         return score_notes(read_score(run_abc2midi(program, strict_abc(text).encode())))
 
@@ -1883,8 +1871,8 @@ def convert_all(files, cfg):
 
 def read_rows(path):
     """The rows of a report or journal one by one, up to a line that was cut off; none without a file."""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError), open(path, encoding="utf-8") as lines:
-        yield from map(json.loads, lines)
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as lines:
+        yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
 
 def resume_journal(journal, recipe, cfg):

@@ -107,11 +107,12 @@ def fidelity(files, cfg, run, music21=0):
             one_voice = tune.notes._replace(voice=np.zeros(len(tune.notes.pitch), int))  # as in music21_notes
             readers["same"] += note_f1(one_voice, LakhMIDI.music21_notes(abc), 1 / 48) > 0.999
     table = {key: np.array([row[key] for row in rows], float) for key in rows[0]}
-    row = {key: float(column.mean()) for key, column in table.items() if key not in ("problems", "chars", "notes")}
-    return row | {"files": len(files), "above_.99": float((table["F8"] > .99).mean()),
+    means = {key: float(column.mean()) for key, column in table.items()}
+    del means["problems"], means["chars"], means["notes"]
+    return means | {"files": len(files), "above_.99": float((table["F8"] > .99).mean()),
                   "chars/note": float(table["chars"].sum() / table["notes"].sum()), "alphabet": len(alphabet),
                   "max_chars": int(table["chars"].max()), "with_problems": int(table["problems"].sum()),
-                  "chars/file": float(table["chars"].mean()), "rejects": dict(rejects), "music21": dict(readers)}
+                  "rejects": dict(rejects), "music21": dict(readers)}
 
 
 def speed(files, cfg, folder):
@@ -129,7 +130,8 @@ def speed(files, cfg, folder):
             LakhMIDI.convert_one(path, cfg)
         except Exception:  # whatever pretty_midi raises: no comparison on this file
             continue
-        seconds.update(pretty_midi=parsed - began, ours=converted - parsed, stage=time.process_time() - converted)
+        seconds.update(pretty_midi=parsed - began, ours=converted - parsed,
+                       stage=time.process_time() - converted)
         count += 1
     return {"timed": count, "ratio": seconds["ours"] / seconds["pretty_midi"],
             "ratio_with_score": seconds["stage"] / seconds["pretty_midi"]}
@@ -137,8 +139,10 @@ def speed(files, cfg, folder):
 
 def rivals(files, run):
     """Round trips of midi2abc and of symusic's dumps_abc, decoded by abc2midi."""
-    makers = {"midi2abc": lambda data: run("midi2abc", data, ".mid", ".abc"),
-              "dumps_abc": lambda data: symusic.Score.from_midi(data, sanitize_data=True).dumps_abc().encode()}
+    def dumps_abc(data):
+        return symusic.Score.from_midi(data, sanitize_data=True).dumps_abc().encode()
+
+    makers = {"midi2abc": lambda data: run("midi2abc", data, ".mid", ".abc"), "dumps_abc": dumps_abc}
     found = {}
     for name, make in makers.items():
         scores, chars, notes = [], 0, 0
@@ -222,7 +226,8 @@ def many(files, n, workers):
         cfg = LakhMIDI.Cfg(USE_LOCAL_MIDI=True, LOCAL_MIDI_ROOT=root, DATA_ROOT=data_root, WORKERS=workers)
         LakhMIDI.extract(cfg)
         over, peak, parent = threading.Event(), {"resident": 0, "own": 0}, []
-        watcher = threading.Thread(target=watch, args=(over, data_root / "abc" / "journal.jsonl", peak, parent))
+        journal = data_root / "abc" / "journal.jsonl"
+        watcher = threading.Thread(target=watch, args=(over, journal, peak, parent))
         watcher.start()
         began = time.perf_counter()
         LakhMIDI.convert(cfg)
@@ -238,7 +243,8 @@ def many(files, n, workers):
     return {"files": n, "workers": workers, "seconds": seconds, "texts": sum("abc" in row for row in report),
             "parent_resident_MB": at, "worker_resident_MB": peak["resident"], "worker_own_MB": peak["own"],
             "lakh_minutes_2_cores": minutes / 2, "lakh_minutes_16_cores": minutes / 16,
-            "lakh_characters": sum(row.get("n_chars", 0) for row in report) * scale, "lakh_disk_GB": disk * scale / 1e9}
+            "lakh_characters": sum(row.get("n_chars", 0) for row in report) * scale,
+            "lakh_disk_GB": disk * scale / 1e9}
 
 
 def mutate(data, other, rng):
@@ -289,7 +295,8 @@ def show(title, row):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("source", nargs="+")
     parser.add_argument("--files", type=int, default=0, help="at most so many files of each source")
     parser.add_argument("--rivals", type=int, default=0, help="run other converters on so many files")
