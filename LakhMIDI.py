@@ -3400,7 +3400,7 @@ def draw_law(axes, N, L, family, law, reach):
     axes.plot(N, L, marker, color=colour, label=f"{name}, {len(N)} runs", zorder=3)
     axes.set_ylim(max(min(L.min() - 0.4 * np.ptp(L), bottom), 0), max(L.max() + 0.2 * np.ptp(L), top))
     if law["status"] in BELIEVED:
-        at, points = np.geomspace(N.min() / 1.3, N.max() * reach, 41), check_points(N, L)
+        at, points = np.geomspace(N.min() / 1.3, N.max() * reach, 31), check_points(N, L)
         loss, lo, hi = law_band(points, best_law(points), at)
         lo, hi = np.nan_to_num(lo, nan=0), np.nan_to_num(hi, nan=99 * L.max())
         axes.fill_between(at, lo, hi, color=colour, alpha=0.15, lw=0)
@@ -3463,7 +3463,7 @@ def draw_ridge(axes, points, colour, law):
         lo, hi = profile_interval(points, fit, "alpha", level)
         lo, hi, edges = lo or value / 9, hi or 3 * value, []
         limit = fit[0] + allowance(points, fit[0], level)[0]
-        alphas = lo + (hi - lo) * (1 - np.cos(np.linspace(0.1, np.pi - 0.1, 41))) / 2  # dense at the ends
+        alphas = lo + (hi - lo) * (1 - np.cos(np.linspace(0.1, np.pi - 0.1, 31))) / 2  # dense at the ends
         for log_alpha in np.log(alphas):
             _, level_at, log_c = profile(points, fit[1], "alpha")(log_alpha)[1]
 

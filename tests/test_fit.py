@@ -392,7 +392,7 @@ def fitted(tmp_path_factory):
         folder / "prediction.json",
         {"gpt": {"n": 1e8, "predicted": 0.45, "lo": 0.44, "hi": 0.46, "reason": ""}},
     )
-    study.fit.__wrapped__(Cfg(SAVE_DIR=folder, BOOTSTRAP=40))
+    study.fit.__wrapped__(Cfg(SAVE_DIR=folder, BOOTSTRAP=12))
     return folder
 
 
@@ -427,9 +427,9 @@ def test_fits_json_is_enough_to_refit(fitted):
 
 
 def test_a_budget_becomes_a_plan(fitted, capsys):
-    assert main(["--plan", "2h", "--SAVE_DIR", str(fitted), "--BOOTSTRAP", "40"]) == 0
+    assert main(["--plan", "2h", "--SAVE_DIR", str(fitted), "--BOOTSTRAP", "12"]) == 0
     hours = capsys.readouterr().out
-    assert main(["--plan", f"{7200 * 6e8 * 1e5}", "--SAVE_DIR", str(fitted), "--BOOTSTRAP", "40"]) == 0
+    assert main(["--plan", f"{7200 * 6e8 * 1e5}", "--SAVE_DIR", str(fitted), "--BOOTSTRAP", "12"]) == 0
     flops = capsys.readouterr().out
     rows = [
         line.split() for text in (hours, flops) for line in text.splitlines() if re.match(r"gpt +\d", line)
