@@ -3003,7 +3003,9 @@ def best_law(points):
     for alpha in np.geomspace(0.03, 60, 32) / points.x.max():
         misfit, log_rho = linear_start(points, alpha)
         starts.append((misfit, (np.log(alpha), log_rho)))
-    fits = [descend(points, u, lambda u: projected(points, *u)) for _, u in sorted(starts)[:6:3]]
+    starts.sort()
+    chosen = starts[0][1], starts[3][1]  # neighbours on the grid would lead to the same place
+    fits = [descend(points, u, lambda u: projected(points, *u)) for u in chosen]
     return min(fits, key=lambda fit: fit[0])
 
 
@@ -3565,7 +3567,7 @@ def draw_law(axes, N, L, family, law, reach):
     axes.plot(N, L, marker, color=colour, label=f"{name}, {len(N)} runs", zorder=3)
     axes.set_ylim(max(min(L.min() - 0.4 * np.ptp(L), bottom), 0), max(L.max() + 0.2 * np.ptp(L), top))
     if law["status"] in BELIEVED:
-        at, points = np.geomspace(N.min() / 1.3, N.max() * reach, 41), check_points(N, L)
+        at, points = np.geomspace(N.min() / 1.3, N.max() * reach, 31), check_points(N, L)
         loss, lo, hi = law_band(points, best_law(points), at)
         lo, hi = np.nan_to_num(lo, nan=0), np.nan_to_num(hi, nan=99 * L.max())
         axes.fill_between(at, lo, hi, color=colour, alpha=0.15, lw=0)
@@ -3628,7 +3630,7 @@ def draw_ridge(axes, points, colour, law):
         lo, hi = profile_interval(points, fit, "alpha", level)
         lo, hi, edges = lo or value / 9, hi or 3 * value, []
         limit = fit[0] + allowance(points, fit[0], level)[0]
-        alphas = lo + (hi - lo) * (1 - np.cos(np.linspace(0.1, np.pi - 0.1, 41))) / 2  # dense at the ends
+        alphas = lo + (hi - lo) * (1 - np.cos(np.linspace(0.1, np.pi - 0.1, 31))) / 2  # dense at the ends
         for log_alpha in np.log(alphas):
             _, level_at, log_c = profile(points, fit[1], "alpha")(log_alpha)[1]
 

@@ -73,7 +73,7 @@ def test_a_surface_without_noise_is_recovered():
     "noise, given", [(0.002, "nothing"), (0.005, "nothing"), (0.005, "seed_sd"), (0.005, "seeds")]
 )
 def test_the_interval_covers(noise, given):
-    rng, draws, inside = np.random.default_rng(0), 300, {"alpha": 0, "c": 0}
+    rng, draws, inside = np.random.default_rng(0), 200, {"alpha": 0, "c": 0}
     N = np.repeat(SIZES, 3 if given == "seeds" else 1)
     L = law(N, 0.4, 0.6)
     for _ in range(draws):
@@ -178,14 +178,14 @@ def test_the_optimum_does_not_depend_on_the_start():
 def test_runs_not_points_are_drawn_in_the_bootstrap():
     """Branches of a run share its noise: an interval that takes them for independent covers too seldom."""
     inside = {"runs": 0, "points": 0}
-    for seed in range(25):
+    for seed in range(16):
         N, D, L, run = surface(0.004, seed, sizes=8, own=0.1)
         for kind, names in (("runs", run), ("points", np.arange(len(L)))):
             lo, hi = np.quantile(
-                study.fit_and_draws(N, D, L, names, 1e-3, 40, starts=1)[2][:, 3], [0.025, 0.975]
+                study.fit_and_draws(N, D, L, names, 1e-3, 30, starts=1)[2][:, 3], [0.025, 0.975]
             )
             inside[kind] += lo <= 0.4 <= hi
-    assert inside["runs"] >= 20 and inside["runs"] > inside["points"] + 2, inside
+    assert inside["runs"] >= 13 and inside["runs"] > inside["points"] + 2, inside
 
 
 def no_law(kind, x, rng):
@@ -392,7 +392,7 @@ def fitted(tmp_path_factory):
         folder / "prediction.json",
         {"gpt": {"n": 1e8, "predicted": 0.45, "lo": 0.44, "hi": 0.46, "reason": ""}},
     )
-    study.fit.__wrapped__(Cfg(SAVE_DIR=folder, BOOTSTRAP=40))
+    study.fit.__wrapped__(Cfg(SAVE_DIR=folder, BOOTSTRAP=12))
     return folder
 
 
@@ -427,9 +427,9 @@ def test_fits_json_is_enough_to_refit(fitted):
 
 
 def test_a_budget_becomes_a_plan(fitted, capsys):
-    assert main(["--plan", "2h", "--SAVE_DIR", str(fitted), "--BOOTSTRAP", "40"]) == 0
+    assert main(["--plan", "2h", "--SAVE_DIR", str(fitted), "--BOOTSTRAP", "12"]) == 0
     hours = capsys.readouterr().out
-    assert main(["--plan", f"{7200 * 6e8 * 1e5}", "--SAVE_DIR", str(fitted), "--BOOTSTRAP", "40"]) == 0
+    assert main(["--plan", f"{7200 * 6e8 * 1e5}", "--SAVE_DIR", str(fitted), "--BOOTSTRAP", "12"]) == 0
     flops = capsys.readouterr().out
     rows = [
         line.split() for text in (hours, flops) for line in text.splitlines() if re.match(r"gpt +\d", line)
