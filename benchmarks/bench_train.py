@@ -351,7 +351,8 @@ def main():
     parser.add_argument("--parts", default="sweep,rival,speed", help="of sweep, rival, speed, ablate")
     parser.add_argument("--models", help="names from the ladder; default: two of each family, far apart")
     parser.add_argument("--tokens", type=int, default=0, help="per training; 0 = the study's, on CUDA 20 M")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="how many")
+    parser.add_argument("--first_seed", type=int, default=1)
     parser.add_argument("--knobs", default="LR,LR_ADAM", help="learning rates to sweep")
     parser.add_argument("--factors", default="0.5,2", help="of the learning rates")
     parser.add_argument("--only", help="ablations whose name holds this text")
@@ -362,7 +363,7 @@ def main():
     far_apart = "gpt_1M,gpt_20M,lstm_1M,lstm_20M" if cuda else "gpt_80K,gpt_1M,lstm_80K,lstm_1M"
     args.models, args.knobs = (args.models or far_apart).split(","), args.knobs.split(",")
     args.factors, args.rival_lrs = (list(map(float, x.split(","))) for x in (args.factors, args.rival_lrs))
-    args.seed_list = range(1, args.seeds + 1)
+    args.seed_list = range(args.first_seed, args.first_seed + args.seeds)
     if not cuda:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     for part in args.parts.split(","):
