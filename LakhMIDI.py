@@ -3709,29 +3709,34 @@ def draw_curves(families, curves):
 
 # --- sampling
 
+SAMPLE_BATCH = 64  # tunes sampled side by side; it bounds the memory of the attention's keys and values
+CLOSING_CHARS = 1_000  # room that constrained sampling has to come to an end after max_chars
+
+
 @torch.inference_mode()
-def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, top_p=1.0, seed=0, constrained=False):
+def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, top_p=1.0, seed=0,
+           constrained=False):
     """Continues each prompt to its end token, or by `max_chars` characters.
 
-    Returns [{"text", "ended", "forced"}], prompts included; "forced" counts the characters that a grammar chose.
-    A character costs one step, since the model's state keeps what was read. When the window of model.seq_len is full,
-    the model starts anew from half a window: the beginning of the tune's header, which says what the lengths and the
-    bars mean, and the newest characters. Row i draws from its own stream (seed, i), whatever else is in the batch.
-    temperature 0 takes the likeliest character. `constrained` (for all, or one for each prompt) keeps to the notation of
-    the converter, see Grammar.
-    Raises UserError for characters that the model does not know.
+    Returns [{"text", "ended", "forced"}], prompts included; "forced" counts the characters that a grammar
+    chose. A character costs one step, since the model's state keeps what was read. When the window of
+    model.seq_len is full, the model starts anew from half a window: the beginning of the tune's header, which
+    says what lengths and bars mean, and the newest characters. Row i draws from its own stream (seed, i),
+    whatever else is in the batch. temperature 0 takes the likeliest character. `constrained` (for all, or one
+    for each prompt) keeps to the notation of the converter, see Grammar. Raises UserError for characters that
+    the model does not know.
     """
     unknown = sorted(set("".join(prompts)) - set(vocab.chars[3:]))
-    need(not unknown, f"the prompt has characters that the model does not know: {' '.join(map(repr, unknown))}")
+    need(not unknown, f"the model does not know these characters of the prompt: {' '.join(map(repr, unknown))}")
     rows, tunes = [np.append(START, vocab.encode(prompt)) for prompt in prompts], []
     bound = np.broadcast_to(constrained, len(rows))
     total = max(map(len, rows), default=0) + max_chars + CLOSING_CHARS
     for low in range(0, len(rows), SAMPLE_BATCH):
-        streams = range(low, min(low + SAMPLE_BATCH, len(rows)))
-        grammars = [Grammar(vocab, prompts[i], max_chars) if bound[i] else None for i in streams]
-        chance = np.stack([np.random.default_rng([seed, i]).random(total) for i in streams])
-        room = np.where(bound[streams], max_chars + CLOSING_CHARS, max_chars)
-        tokens, ends = continue_rows(model, [rows[i] for i in streams], room, grammars, vocab, chance,
+        batch = range(low, min(low + SAMPLE_BATCH, len(rows)))
+        grammars = [Grammar(vocab, prompts[i], max_chars) if bound[i] else None for i in batch]
+        chance = np.stack([np.random.default_rng([seed, i]).random(total) for i in batch])
+        room = np.where(bound[batch], max_chars + CLOSING_CHARS, max_chars)
+        tokens, ends = continue_rows(model, [rows[i] for i in batch], room, grammars, vocab, chance,
                                      (temperature, top_k, top_p))
         tunes += [{"text": vocab.decode(row[1:end]), "ended": bool(end < len(row) and row[end] == END),
                    "forced": grammar.forced if grammar else 0}
@@ -3739,13 +3744,12 @@ def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, 
     return tunes
 
 
-SAMPLE_BATCH = 64  # tunes sampled side by side; it bounds the memory of the attention's keys and values
-CLOSING_CHARS = 1_000  # room that constrained sampling has to finish the bar after max_chars
-
-
 def continue_rows(model, rows, room, grammars, vocab, chance, rule):
-    """Rows of ids, characters to add at most (R,) -> (tokens (R, T), the place of each row's end). All rows advance together: a row's own prompt
-    overrules what is sampled for it. Rows that have ended leave the batch when the window is read anew."""
+    """Rows of ids, characters to add at most (R,) -> tokens (R, T), the place where each row ends (R,).
+
+    All rows advance together; a row's own prompt overrules what is sampled for it. Rows that have ended leave
+    the batch when the window is read anew.
+    """
     given = np.array([len(row) for row in rows])
     tokens = np.full((len(rows), (given + room).max()), UNKNOWN)
     for row, ids in zip(tokens, rows, strict=True):
@@ -3770,7 +3774,7 @@ def continue_rows(model, rows, room, grammars, vocab, chance, rule):
 
 
 def window_after(tokens, seq_len, vocab):
-    """(R, n) tokens of tunes -> what a model reads to go on: all of them, or what the rule of sample() leaves."""
+    """(R, n) tokens of tunes -> what a model reads to go on: all of them, or what sample()'s rule leaves."""
     n, half = tokens.shape[1], seq_len // 2
     if n <= seq_len:
         return tokens
@@ -3778,14 +3782,15 @@ def window_after(tokens, seq_len, vocab):
     newline, bracket = vocab.encode("\n[")
     music = (tokens[:, :renewed - 1] == newline) & (tokens[:, 1:renewed] == bracket)
     header = np.minimum(np.where(music.any(1), music.argmax(1) + 1, 0), half * 3 // 4)
-    return np.stack([np.append(row[:h], row[renewed - half + h:]) for row, h in zip(tokens, header, strict=True)])
+    return np.stack([np.append(row[:h], row[renewed - half + h:])
+                     for row, h in zip(tokens, header, strict=True)])
 
 
 def pick(logits, chance, rule, grammars):
     """One symbol per row: logits (R, V), chance (R,) in [0, 1) -> (R,). Never start or unknown.
 
-    Where a grammar refuses a symbol, the likeliest of those that it allows is taken; unknown where the vocabulary has
-    none of them, and there the tune stops.
+    Where a grammar refuses a symbol, the likeliest of those that it allows is taken; unknown where the
+    vocabulary has none of them, and there the tune stops.
     """
     logits[:, [START, UNKNOWN]] = -np.inf
     choice = draw(logits, chance, *rule)
@@ -3797,14 +3802,14 @@ def pick(logits, chance, rule, grammars):
 
 
 def draw(logits, chance, temperature, top_k, top_p):
-    """Logits (R, V), chance (R,) -> (R,): the likeliest symbols, with temperature, drawn by their probability."""
+    """Logits (R, V), chance (R,) -> (R,): symbols by their probability, among the likeliest."""
     order = np.argsort(-logits, axis=1, kind="stable")
     if temperature == 0:
         return order[:, 0]
     ranked = np.take_along_axis(logits, order, 1) / temperature
     share = np.exp(ranked - ranked[:, :1])
     share /= share.sum(1, keepdims=True)
-    share[np.cumsum(share, 1) - share >= top_p] = 0  # nucleus (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751)
+    share[np.cumsum(share, 1) - share >= top_p] = 0  # nucleus: Holtzman et al. 2020, arXiv 1904.09751
     share[:, top_k or share.shape[1]:] = 0
     place = (np.cumsum(share, 1) <= (chance * share.sum(1))[:, None]).sum(1)
     return order[np.arange(len(order)), np.minimum(place, (share > 0).sum(1) - 1)]
@@ -3812,40 +3817,51 @@ def draw(logits, chance, temperature, top_k, top_p):
 
 # --- the grammar of constrained sampling: the notation that section 4 writes, symbol by symbol
 
+def words(template, values):
+    """The set of symbols that a template makes of some values."""
+    return frozenset(template.format(value) for value in values)
+
+
 METRES = {f"{n}/{d}": 4 * BEAT * n // d for d in UNITS for n in range(1, 65) if is_metre(n, d)}
-TEMPOS = [f"1/4={qpm}" for qpm in range(1, 1_000)]
+TEMPOS, LINE_OF_L, MAX_CHORD = [f"1/4={qpm}" for qpm in range(1, 1_000)], words("L:1/{}\n", UNITS), 12
+DRUMS = f"%%MIDI channel 10\nK:{KEYS[DRUM_KEY]}\n"
+PROGRAMS = words("%%MIDI program {}\n", range(1, 128)) | {""}
+HEADER = {  # place: what may stand there ("" if it may be missing), and the next place
+    "X": (words("X:1\nL:1/{}\n", UNITS), "M"), "M": (words("M:{}\n", METRES), "Q"),
+    "Q": (words("Q:{}\n", TEMPOS), "K"), "K": (words("K:{}\n", KEYS), "V"),
+    "sound": (PROGRAMS | {program + DRUMS for program in PROGRAMS}, "unit"), "unit": (LINE_OF_L | {""}, "V")}
 OCTAVES = ["", *(f" octave={octave}" for octave in range(-4, 5) if octave)]
-PROGRAMS, DRUMS = ["", *(f"%%MIDI program {n}\n" for n in range(1, 128))], f"%%MIDI channel 10\nK:{KEYS[DRUM_KEY]}\n"
-HEADER = {  # what comes in which order, and what follows it; "" where a line may be missing
-    "X": (frozenset(f"X:1\nL:1/{n}\n" for n in UNITS), "M"), "M": (frozenset(f"M:{m}\n" for m in METRES), "Q"),
-    "Q": (frozenset(f"Q:{q}\n" for q in TEMPOS), "K"), "K": (frozenset(f"K:{k}\n" for k in KEYS), "V"),
-    "sound": (frozenset([*PROGRAMS, *(program + DRUMS for program in PROGRAMS)]), "unit"),
-    "unit": (frozenset(["", *(f"L:1/{n}\n" for n in UNITS)]), "V")}
-NEW_METRE, NEW_TEMPO = frozenset(f"[M:{m}]" for m in METRES), frozenset(f"[Q:{q}]" for q in TEMPOS)
-SILENCE, TRIPLETS = frozenset(f"Z{n}|" for n in range(1, 100)), frozenset(["(3", *(f"(3::{n}" for n in (2, 4, 5, 6))])
-MAX_CHORD = 12  # notes
-THE_END = "\0"  # stands for the end token among the symbols
+NEW_METRE, NEW_TEMPO = words("[M:{}]", METRES), words("[Q:{}]", TEMPOS)
+SILENCE, TRIPLETS = words("Z{}|", range(1, 100)), words("(3{}", ["", "::2", "::4", "::5", "::6"])
+THE_END = "\0"  # stands for the end token
 
 
 @functools.lru_cache(maxsize=4096)
 def note_names(sharps, octave, banned, only=frozenset(range(12, 121)), tie=""):
-    """All names of the pitches `only`, here those that every reader takes, but not of those banned, in a voice."""
+    """All names of the pitches `only`, by default those that every reader takes, without those banned."""
     names = [mark + letter + marks for mark in ("", *MARKS.values()) for letter in LETTERS + LETTERS.lower()
              for marks in [",'"[letter.islower()] * n for n in range(6)]]
-    return frozenset(name + tie for name in names if chord_value(name, sharps, octave)[0][0] in only - banned)
+    return frozenset(name + tie for name in names
+                     if chord_value(name, sharps, octave)[0][0] in only - banned)
 
 
 @functools.lru_cache(maxsize=4096)
 def note_lengths(unit, left, events=0, beat=0):
-    """{text: ticks as written} of the lengths that leave a bar, or a beat of triplets with `events` to come, fillable."""
-    ticks = range(3, left + 1, 3) if not events else [beat] if events == 1 else range(12, beat - 12 * (events - 1) + 1, 12)
+    """{text: ticks as written} of the lengths after which `left` ticks of the bar can still be filled.
+
+    In a beat of triplets: `events` are to come in it, with `beat` ticks as written.
+    """
+    ticks = range(3, left + 1, 3)
+    if events:
+        ticks = range(12, beat - 12 * (events - 1) + 1, 12) if events > 1 else [beat]
     return {length_text(t, unit): t for t in ticks}
 
 
 @functools.lru_cache(maxsize=4096)
-def prefixes(symbols, chars):
+def beginnings(symbols, chars):
     """The beginnings of those symbols that are spelt in `chars`."""
-    return frozenset(symbol[:n] for symbol in symbols if chars.issuperset(symbol) for n in range(1, len(symbol) + 1))
+    return frozenset(symbol[:n] for symbol in symbols if chars.issuperset(symbol)
+                     for n in range(1, len(symbol) + 1))
 
 
 class Place(NamedTuple):
@@ -3859,10 +3875,10 @@ class Place(NamedTuple):
     voice: int = -1  # the one being written
     layer: int = 0
     left: int = 0  # ticks left in the layer
-    tuplet: tuple = ()  # (events, written ticks) left of a beat of triplets
+    tuplet: tuple = ()  # (events, ticks as written) left of a beat of triplets
     head: str = ""  # the note or chord whose length comes next
     held: frozenset = frozenset()  # pitches that a tie demands next
-    owed: frozenset = frozenset()  # (voice, pitch): ties from the bar before, to be taken up where the bar begins
+    owed: frozenset = frozenset()  # (voice, pitch): ties over the bar line, to be taken up at once
     ties: frozenset = frozenset()  # the same, into the next bar
     used: frozenset = frozenset()  # (layer, pitch, tied) so far in the bar of this voice
 
@@ -3873,12 +3889,13 @@ class Place(NamedTuple):
             return [HEADER[at][0]]
         if at == "V":
             n = self.header.count("V:")
-            return [frozenset(f"V:{n + 1}{octave}\n" for octave in OCTAVES if n < 64 and not (n and closing)),
-                    frozenset(f"[V:{k + 1}]" for k in range(n))]
-        if at in ("line", "metre", "tempo", "next"):  # no line may pass by a voice that owes a note
-            last = min(self.owed, default=(-1 if closing and at in ("line", "next") else len(self.voices) - 1,))[0]
-            return [frozenset(f"[V:{k + 1}]" for k in range(v + 1, last + 1)),
-                    frozenset({"line": THE_END, "next": "\n"}.get(at, "") if not self.owed else ""),
+            more = OCTAVES if n < 64 and not (n and closing) else []
+            return [words(f"V:{n + 1}{{}}\n", more), words("[V:{}]", range(1, n + 1))]
+        if at in ("line", "metre", "tempo", "next"):
+            last = -1 if closing and at in ("line", "next") else len(self.voices) - 1
+            last = min(self.owed)[0] if self.owed else last  # no line may pass by a voice that owes a note
+            close = {"line": THE_END, "next": "\n"}.get(at, "") if not self.owed else ""
+            return [words("[V:{}]", range(v + 2, last + 2)), frozenset(close),
                     *([NEW_METRE] if at == "line" and not closing else []),
                     *([NEW_TEMPO] if at in ("line", "metre") and not closing else [])]
         if at == "silence":
@@ -3888,27 +3905,31 @@ class Place(NamedTuple):
         mine = frozenset(pitch for voice, pitch in self.owed if voice == v)
         if at == "end":
             return [frozenset("&" if mine else "|" if closing or self.layer + 1 == LAYERS else "&|")]
+        return self.notes(closing, mine)
+
+    def notes(self, closing, mine):
+        """What may come next inside a layer of a voice that owes the pitches `mine` from the bar before."""
+        at, v, at_start = self.at, self.voice, self.left == self.metre
         others = [(pitch, tied) for layer, pitch, tied in self.used if layer != self.layer]
-        at_start, here = self.left == self.metre, frozenset(self.pitches(self.head))
+        # a tie counts for the next note of its pitch, in whatever layer: no other may come between
         untied = frozenset(pitch for pitch, _ in others) | (frozenset() if at_start else mine)
-        if at == "length":  # a tie that another layer could take up would be none
+        here = frozenset(pitch for pitch, _ in chord_value(self.head, *self.voices[v][1:]))
+        if at == "length":
             lengths = list(note_lengths(self.voices[v][0], self.left, *self.tuplet))
             ties = self.head != "z" and "-" not in self.head and not closing and not untied & here
             return [frozenset(lengths + [length + "-" for length in lengths] * ties)]
-        must = self.held or (mine if at_start and (closing or self.layer + 1 == LAYERS) else frozenset())
+        last = closing or self.layer + 1 == LAYERS
+        must = self.held or (mine if at_start and last else frozenset())
         names = functools.partial(note_names, *self.voices[v][1:])
-        banned = here | frozenset(pitch for pitch, tied in others if tied)
+        banned = here | {pitch for pitch, tied in others if tied}
         if at == "chord":
-            full = {"only": must - here} if len(here) >= MAX_CHORD or closing and must - here else {}
-            return [names(banned, **full), frozenset() if closing else names(banned | untied, **full, tie="-"),
+            only = {"only": must - here} if len(here) >= MAX_CHORD or closing and must - here else {}
+            return [names(banned, **only), *([] if closing else [names(banned | untied, **only, tie="-")]),
                     frozenset("]" if len(here) > 1 and must <= here else "")]
         triplet = not self.tuplet and self.left >= BEAT and (self.metre - self.left) % BEAT == 0
-        return [names(banned, **({"only": must} if must else {})) if len(must) < 2 else frozenset(),
-                frozenset("[" if must else "z["), TRIPLETS if triplet else frozenset(),
-                SILENCE if at == "bar" and v == 0 and not self.owed and not closing else frozenset()]
-
-    def pitches(self, head):
-        return [pitch for pitch, _ in chord_value(head, *self.voices[self.voice][1:])]
+        alone = at == "bar" and v == 0 and not self.owed and not closing
+        return [frozenset("[" if must else "z["), *([TRIPLETS] if triplet else []), *([SILENCE] if alone else []),
+                *([names(banned, **({"only": must} if must else {}))] if len(must) < 2 else [])]
 
     def after(self, symbol):
         """The place behind a symbol."""
@@ -3935,7 +3956,7 @@ class Place(NamedTuple):
             return move(at="event", tuplet=(int(symbol[-1]), BEAT * 3 // 2))
         if at == "chord" or symbol == "[":
             return move(at="length" if symbol == "]" else "chord", head=self.head + symbol)
-        return move(at="length", head=symbol, held=self.held) if at in ("bar", "event") else self.after_length(symbol)
+        return move(at="length", head=symbol) if at in ("bar", "event") else self.after_length(symbol)
 
     def after_length(self, symbol):
         events, beat = self.tuplet or (1, 0)
@@ -3943,10 +3964,10 @@ class Place(NamedTuple):
         left = self.left - (ticks * 2 // 3 if self.tuplet else ticks)
         notes = chord_value(self.head, *self.voices[self.voice][1:])
         tied = frozenset(pitch for pitch, tie in notes if tie or symbol[-1:] == "-")
+        taken = {(self.voice, pitch) for pitch, _ in notes if self.left == self.metre}
         return self._replace(
             at="event" if left else "end", left=left, head="", held=tied if left else frozenset(),
-            tuplet=(events - 1, beat - ticks) if events > 1 else (),
-            owed=self.owed - {(self.voice, pitch) for pitch, _ in notes if self.left == self.metre},
+            tuplet=(events - 1, beat - ticks) if events > 1 else (), owed=self.owed - taken,
             ties=self.ties | {(self.voice, pitch) for pitch in tied if not left},
             used=self.used | {(self.layer, pitch, pitch in tied) for pitch, _ in notes})
 
@@ -3954,50 +3975,45 @@ class Place(NamedTuple):
         return self.due[:self.voice] + (bar,) + self.due[self.voice + 1:]
 
     def open_layer(self, voice, layer, at):
-        return self._replace(at=at, voice=voice, layer=layer, left=self.metre, used=self.used if layer else frozenset())
+        used = self.used if layer else frozenset()
+        return self._replace(at=at, voice=voice, layer=layer, left=self.metre, used=used)
 
     def read_header(self):
         unit, metre, key = re.search(r"L:1/(\d+)\nM:(.*)\nQ:.*\nK:(.*)\n", self.header).groups()
         voices = []
         for part in self.header.split("V:")[1:]:
             own, octave = re.search(r"L:1/(\d+)", part), re.search(r"octave=(-?\d)", part)
-            voices.append((4 * BEAT // int(own[1] if own else unit), key_sharps(KEYS[DRUM_KEY] if "K:" in part else key),
-                           int(octave[1]) if octave else 0))
+            sharps = key_sharps(KEYS[DRUM_KEY] if "K:" in part else key)
+            voices.append((4 * BEAT // int(own[1] if own else unit), sharps, int(octave[1]) if octave else 0))
         return self._replace(voices=tuple(voices), due=(0,) * len(voices), metre=METRES[metre])
 
 
 class Grammar:
-    """Follows a tune as it is written and says which characters may come next, so that it can still become whole:
-    every bar adds up, every bracket, tuplet and tie is closed, and after max_chars the shortest way leads to the end."""
+    """Follows a tune while it is written and says which characters may come next, so that it can become whole:
+    every bar adds up, every bracket, tuplet and tie is closed, and after max_chars it comes to its end."""
 
     def __init__(self, vocab, prompt, max_chars):
-        self.chars = [THE_END if i == END else char if i > UNKNOWN else None for i, char in enumerate(vocab.chars)]
+        self.chars = [None, THE_END, None, *vocab.chars[3:]]
         self.known = frozenset(filter(None, self.chars))
         self.place, self.symbol, self.room, self.forced = Place(), "", max_chars + len(prompt), 0
         self.closing = False  # as it was when the symbol began
         for i, n in enumerate(vocab.encode(prompt)):
-            need(self.feed(n), f"constrained sampling goes on only from the converter's notation, which the prompt leaves "
-                               f"with {prompt[max(0, i - 20):i + 1]!r}")
-
-    def follow(self, char):
-        """(place, beginning of a symbol) behind a character; None where it may not come."""
-        place, symbol = self.place, self.symbol
-        while char:
-            sets = place.symbols(self.closing if symbol else self.room <= 0)
-            if any(symbol + char in prefixes(some, self.known) for some in sets):
-                return place, symbol + char
-            if not any(symbol in some for some in sets):
-                return None
-            place, symbol = place.after(symbol), ""
+            need(self.feed(n), "constrained sampling goes on only from the notation of the converter, which the "
+                               f"prompt leaves with {prompt[max(0, i - 20):i + 1]!r}")
 
     def feed(self, n):
         """Go on by the character with id n; False, and nothing changes, where it may not come."""
-        found = self.follow(self.chars[n])
-        if found:
-            self.closing = self.closing if found[1] == self.symbol + self.chars[n] else self.room <= 0
-            self.place, self.symbol = found
-            self.room -= 1
-        return bool(found)
+        place, symbol, closing = self.place, self.symbol, self.closing
+        while self.chars[n]:
+            sets = place.symbols(closing)
+            if any(symbol + self.chars[n] in beginnings(some, self.known) for some in sets):
+                self.place, self.symbol, self.closing = place, symbol + self.chars[n], closing
+                self.room -= 1
+                return True
+            if not any(symbol in some for some in sets):
+                return False
+            place, symbol, closing = place.after(symbol), "", self.room <= 0
+        return False
 
 
 # --- strict validity
