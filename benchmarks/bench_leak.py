@@ -3,8 +3,8 @@
     python benchmarks/bench_leak.py folder --MODELS gpt_450K --TRAIN_TOKENS_TARGET 4000000
 
 The folder keeps the data and both runs: what is there is not made again. All flags of LakhMIDI.py may follow.
-The two splits hold out other tunes; the cleanest figure is that within the split by file, between the held-out
-tunes that have a version in training and those that have none. Prints a table and appends a line to
+The splits hold out different tunes; the cleanest figure is that within the split by file, of the held-out
+tunes that have a version in training against those that have none. Prints a table and appends a line to
 benchmarks/results.jsonl.
 """
 import json
