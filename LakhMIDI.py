@@ -4022,33 +4022,32 @@ MIN_TUNE_NOTES = 8  # fewer notes, or fewer than three pitches, are no tune
 
 
 def check_abc(text, ended=True, prompt=""):
-    """Judges a tune: {"valid", "reasons", "notes", "pitches", "bars", "bad_bars"}; never raises. Valid means without a reason.
+    """Judges a tune; never raises. {"valid", "reasons", "notes", "pitches", "bars", "bad_bars"}: valid means
+    without a reason.
 
-    The reader's own: "bar_length", "open_tie", "open_bracket", "open_tuplet", "bad_char" and so on. "cut": it had not
-    ended when it was stopped; it is then judged up to its last whole bar, and a tie into the missing rest is no fault.
-    "silent", "mostly_rests": of what was composed, that is after the prompt, too little is there or too little sounds.
-    "abc2midi", "music21": that reader, given the strict export, does not find the same notes. They are slow, and asked
-    only about tunes that have no other fault.
+    "bar_length", "open_tie", "open_bracket", "open_tuplet", "bad_char" and others are what read_abc reports.
+    "cut": the tune had not ended when it was stopped; it is judged up to its last whole bar, and a tie into
+    what is missing is no fault. "silent", "mostly_rests": after the prompt too little was composed, or less
+    than half of the time sounds. "abc2midi", "music21": that reader does not find the same notes in the strict
+    export; the two are slow, and asked only about tunes that have no other fault.
     """
     text = text if ended else whole_bars(text)
-    tune = read_abc(text)
-    last = text.count("\n")
+    tune, last = read_abc(text), text.count("\n")
     faults = {slug for line, slug in tune.problems if ended or slug != "open_tie" or line < last}
-    begin, bars = tune_end(read_abc(whole_bars(prompt))), bar_starts(tune)
-    new = tune.notes.onset >= begin - 1e-6
-    onset, end = tune.notes.onset[new], (tune.notes.onset + tune.notes.duration)[new]
-    pitches = len(set(tune.notes.pitch[new].tolist()))
-    if new.sum() < MIN_TUNE_NOTES or pitches < 3:
+    begin = end_of_notes(read_abc(whole_bars(prompt)).notes)
+    new = Notes(*(column[tune.notes.onset >= begin - 1e-6] for column in tune.notes))
+    n, pitches = len(new.pitch), len(set(new.pitch.tolist()))
+    if n < MIN_TUNE_NOTES or pitches < 3:
         faults.add("silent")
-    elif sounding_beats(onset, end) < (max(bars[-1], end.max()) - begin) / 2:
+    elif sounding_beats(new) < (max(bar_starts(tune)[-1], end_of_notes(new)) - begin) / 2:
         faults.add("mostly_rests")
     if not faults:
         readers = {"abc2midi": lambda text: abc2midi_notes(text)[0], "music21": music21_notes}
         faults = {name for name, reader in readers.items() if not agrees(reader, text, tune.notes)}
     reasons = sorted(faults) + ["cut"] * (not ended)
-    wrong = {line for line, slug in tune.problems if slug == "bar_length"}
-    return {"valid": not reasons, "reasons": reasons, "notes": int(new.sum()), "pitches": pitches, "bars": tune.n_bars,
-            "bad_bars": len(wrong)}
+    bad_bars = len({line for line, slug in tune.problems if slug == "bar_length"})
+    return {"valid": not reasons, "reasons": reasons, "notes": n, "pitches": pitches, "bars": tune.n_bars,
+            "bad_bars": bad_bars}
 
 
 def whole_bars(text):
@@ -4056,25 +4055,26 @@ def whole_bars(text):
     return text[:text.rfind("|\n") + 2] if "|\n" in text else ""
 
 
-def tune_end(tune):
-    """The beat where the last note of a tune ends."""
-    return float((tune.notes.onset + tune.notes.duration).max(initial=0))
+def end_of_notes(notes):
+    """The beat in which the last note ends."""
+    return float((notes.onset + notes.duration).max(initial=0))
+
+
+def sounding_beats(notes):
+    """Beats in which anything sounds."""
+    order = np.argsort(notes.onset)
+    onset, end = notes.onset[order], np.maximum.accumulate((notes.onset + notes.duration)[order])
+    return float(end[-1] - onset[0] - np.maximum(onset[1:] - end[:-1], 0).sum())
 
 
 def bar_starts(tune):
     """(bars + 1,) beats where the bars of a tune begin and the last one ends; 10,000 bars at most."""
-    metres, starts, metre = {round(beat, 3): 4 * num / den for beat, num, den in tune.metres}, [0.0], 4
+    metres = {round(beat, 3): 4 * num / den for beat, num, den in tune.metres}
+    starts, metre = [0.0], 4
     for _ in range(min(tune.n_bars, 10_000)):
         metre = metres.get(round(starts[-1], 3), metre)
         starts.append(starts[-1] + metre)
     return np.array(starts)
-
-
-def sounding_beats(onset, end):
-    """Beats in which anything sounds."""
-    order = np.argsort(onset)
-    onset, end = onset[order], np.maximum.accumulate(end[order])
-    return float(end[-1] - onset[0] - np.maximum(onset[1:] - end[:-1], 0).sum())
 
 
 def agrees(reader, text, notes):
@@ -4102,90 +4102,104 @@ def music21_notes(text):
 
 
 def wilson(successes, n):
-    """95 % interval of a share (Wilson 1927), as {"value", "lo", "hi"}, None for n = 0."""
+    """95 % interval of a share (Wilson 1927), as {"value", "lo", "hi"}; all None for n = 0."""
     if not n:
-        return {"value": None, "lo": None, "hi": None}
+        return dict(NO_ESTIMATE)
     p, z = successes / n, 1.96
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return {"value": p, "lo": max(0.0, middle - half), "hi": min(1.0, middle + half)}
 
 
+NO_ESTIMATE = {"value": None, "lo": None, "hi": None}
+
+
 # --- what the music is like, and whether it was copied
 
 def music_metrics(tune):
-    """{metric: number, None where it is not defined} of a Tune. Drums count only in those of bars and in notes_per_beat.
+    """{metric: number, None where it is not defined} of a Tune; {} of one without pitched notes.
 
-    Definitions of MusPy (Dong et al. 2020, https://arxiv.org/abs/2008.01951) and MGEval (Yang and Lerch 2020), groove of
-    Wu and Yang 2020 (https://arxiv.org/abs/2008.01307). pitch_class_entropy: in bits. scale_consistency: share of the
-    notes in the best major or minor scale. polyphony: notes at once, where any sounds. groove_consistency: 1 - share of
-    the steps of 1/12 beat in which the onsets of a bar differ from those of the next. empty_bars: share of bars in which
-    no note begins. repeated_bars: share of the others whose notes were heard before in the tune.
+    As in MusPy (Dong et al. 2020, arXiv 2008.01951) and MGEval (Yang and Lerch 2020); groove as in Wu and Yang
+    2020 (arXiv 2008.01307). pitch_class_entropy: bits. scale_consistency: share of notes in the best major or
+    minor scale. polyphony: notes at once, where any sounds. groove_consistency: 1 - share of the steps of 1/12
+    beat in which the onsets of a bar and the next differ. empty_bars: share of bars in which no note begins.
+    repeated_bars: share of the others whose notes were heard before. Drums count from notes_per_beat on.
     """
-    drums = np.array([*(drum for _, drum in tune.voices), False])
-    _, onset, duration, pitch = (column[~drums[tune.notes.voice]] for column in tune.notes)
-    bars = bar_starts(tune)
-    if not len(pitch) or len(bars) < 2:
+    drums, bars = np.array([*(drum for _, drum in tune.voices), False]), bar_starts(tune)
+    pitched = Notes(*(column[~drums[tune.notes.voice]] for column in tune.notes))
+    if not len(pitched.pitch) or len(bars) < 2:
         return {}
-    share = np.bincount(pitch % 12, minlength=12) / len(pitch)
-    bar = np.minimum(np.searchsorted(bars, tune.notes.onset + 1e-3, "right") - 1, len(bars) - 2)
-    columns = (tune.notes.onset - bars[bar], tune.notes.duration)
-    contents, steps = [set() for _ in bars[1:]], np.rint(12 * np.diff(bars))
-    for b, *note in zip(bar, tune.notes.pitch, *(np.rint(12 * column) for column in columns), strict=True):
-        contents[b].add(tuple(note))
-    rhythms, full = [{note[1] for note in notes} for notes in contents], [frozenset(notes) for notes in contents if notes]
-    changes = [len(a ^ b) / n for (a, n), (b, m) in itertools.pairwise(zip(rhythms, steps, strict=True)) if n == m]
+    share = np.bincount(pitched.pitch % 12, minlength=12) / len(pitched.pitch)
+    contents, steps = bar_contents(tune.notes, bars), np.rint(12 * np.diff(bars))
+    rhythms = [{onset for onset, *_ in notes} for notes in contents]
+    changes = [len(rhythms[i] ^ rhythms[i + 1]) / steps[i] for i in range(len(steps) - 1)
+               if steps[i] == steps[i + 1]]
+    full = [notes for notes in contents if notes]
     return {"pitch_class_entropy": stats.entropy(share, base=2),
             "scale_consistency": max(share[np.add(NATURAL, root) % 12].sum() for root in range(12)),
-            "polyphony": duration.sum() / sounding_beats(onset, onset + duration),
+            "polyphony": pitched.duration.sum() / sounding_beats(pitched),
             "groove_consistency": 1 - np.mean(changes) if changes else None,
             "notes_per_beat": len(tune.notes.pitch) / bars[-1],
             "empty_bars": 1 - len(full) / len(contents), "repeated_bars": 1 - len(set(full)) / len(full)}
 
 
-def melody(notes, drums):
-    """(S,) uint8: the steps in semitones between the top notes of each pitched voice, + 128, and 0 after each voice.
+def bar_contents(notes, bars):
+    """For each bar the set of its (onset in the bar, duration, pitch), in 1/12 beats."""
+    bar = np.minimum(np.searchsorted(bars, notes.onset + 1e-3, "right") - 1, len(bars) - 2)
+    columns = np.rint(12 * (notes.onset - bars[bar])), np.rint(12 * notes.duration), notes.pitch
+    contents = [set() for _ in bars[1:]]
+    for b, *note in zip(bar, *columns, strict=True):
+        contents[b].add(tuple(note))
+    return [frozenset(notes) for notes in contents]
 
-    A step forgets the key. Repeated notes count once: long runs of them are in everybody's music.
+
+def melody(notes, drums):
+    """(S,) uint8: the steps in semitones between the top notes of each pitched voice, + 128; 0 ends a voice.
+
+    Steps forget the key. Repeated notes count once: long runs of them are in everybody's music.
     """
     pitched = ~np.append(drums, False).astype(bool)[notes.voice]
-    packed = np.sort(notes.voice[pitched].astype(np.int64) << 40 | np.rint(48 * notes.onset[pitched]).astype(np.int64) << 8
-                     | notes.pitch[pitched])
+    voice, pitch = notes.voice[pitched].astype(np.int64), notes.pitch[pitched]
+    packed = np.sort(voice << 40 | np.rint(48 * notes.onset[pitched]).astype(np.int64) << 8 | pitch)
     # a note within 1/16 beat of the one before belongs to its chord
-    chord = np.flatnonzero(np.diff(packed >> 40, prepend=-1).astype(bool) | (np.diff(packed >> 8, prepend=-99) > 3))
+    new = np.diff(packed >> 40, prepend=-1).astype(bool) | (np.diff(packed >> 8, prepend=-99) > 3)
+    chord = np.flatnonzero(new)
     voice, top = packed[chord] >> 40, np.maximum.reduceat(packed & 0xFF, chord) if len(chord) else chord
     step, same = np.diff(top), np.diff(voice) == 0
     return np.append(np.where(same, step + 128, 0)[~same | (step != 0)], 0).astype(np.uint8)
 
 
 def training_melodies(cfg, most=2**26):
-    """The melodies of the training tunes in one array, of `most` steps at most (64 MB: half of the full Lakh data set)."""
+    """The melodies of the training tunes in one array; beyond `most` steps (64 MB) further tunes are left out."""
     parts, size = [], 0
-    for tune in progress(read_jsonl(cfg.tokens_root / "tunes.jsonl"), "melodies", unit="tune"):
+    for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl"):
         if tune["split"] == "train" and size < most:
-            notes, voices = score_notes(read_score(cfg.midi_root / tune["file"]))
+            if tune["file"].endswith(".abc"):
+                notes, voices = read_abc(abc_path(tune["file"], cfg).read_text("utf-8"))[:2]
+            else:  # ten times as fast as reading the text
+                notes, voices = score_notes(read_score(cfg.midi_root / tune["file"]))
             parts.append(melody(notes, np.array([drum for _, drum in voices])))
             size += len(parts[-1])
     return np.concatenate(parts)
 
 
 def longest_runs(tunes, corpus, most=256):
-    """Longest run of notes that each tune shares with the corpus, in any key: melodies -> (n,) numbers of notes up to `most`.
+    """Melodies -> (n,) notes in the longest run, in any key, that each shares with the corpus; `most` at most.
 
-    Bisection over the length, all tunes at once, by hashes of the runs (polynomials modulo 2^64). Memory: one byte per
-    step of the corpus, and some 50 MB for the slice of it that is being hashed.
+    Bisection over the length, for all tunes at once, by hashes of the runs. Memory: a byte per step of the
+    corpus, and about 50 MB for the slice of it that is being hashed.
     """
     queries, owner = np.concatenate(tunes), np.repeat(np.arange(len(tunes)), [len(tune) for tune in tunes])
     cut = np.append(0, np.cumsum(queries == 0))
-    low, high = np.zeros(len(tunes), int), np.full(len(tunes), most)  # in steps; low is shared, high is not
+    low, high = np.zeros(len(tunes), int), np.full(len(tunes), most)  # in steps: shared, and too long
     while (high - low > 1).any():
         middle = np.where(high == most, np.minimum(2 * low + 8, most - 1), (low + high) // 2)
         for length in np.unique(middle[high - low > 1]):
             n = max(0, len(queries) - length + 1)
             asked = np.flatnonzero((cut[length:] == cut[:n]) & (middle == length)[owner[:n]])
             hashes = run_hashes(queries, length)[asked]
-            found = np.zeros(len(tunes), bool)
-            found[owner[asked[np.isin(hashes, shared_hashes(np.unique(hashes), corpus, length))]]] = True
+            shared = np.isin(hashes, shared_hashes(np.unique(hashes), corpus, length))
+            found = np.isin(np.arange(len(tunes)), owner[asked[shared]])
             now = (middle == length) & (high - low > 1)
             low[now & found], high[now & ~found] = length, length
     return low + 1
@@ -4202,7 +4216,7 @@ def shared_hashes(wanted, corpus, length, slice_=2**20):
 
 
 def run_hashes(steps, length):
-    """(n,) uint8 -> (n - length + 1,) uint64, equal for equal runs: sum of step_i * BASE^i, divided by BASE^start."""
+    """(n,) uint8 -> (n - length + 1,) uint64: polynomials of the runs modulo 2^64, equal for equal runs."""
     base, inverse = (np.multiply.accumulate(np.append(np.uint64(1), np.full(len(steps), x, np.uint64)))
                      for x in (HASH_BASE, pow(HASH_BASE, -1, 2**64)))
     sums = np.append(np.uint64(0), np.cumsum(STEP_CODES[steps] * base[:-1]))
@@ -4216,13 +4230,14 @@ STEP_CODES = np.random.default_rng(0).integers(2**63, size=256, dtype=np.uint64)
 
 # --- loss where it matters
 
-KIND = re.compile(r"(?P<header>\0[^\[]*)|(?P<voice_tag>\[V:\d+\])|(?P<other>\[[A-Z]:[^]]*\]|\(\d(?:::\d)?)|(?P<accidental>[_^=]+)"
-                  r"|(?P<pitch>[A-Ga-g][,']*)|(?P<length>[\d/]+)|(?P<rest>[zZ])|(?P<bar>[|\n]+)|(?P<end>\x01)")
-KINDS = ("header", "pitch", "accidental", "length", "rest", "bar", "voice_tag", "end", "other")  # other: chords, ties, tuplets ...
+KIND = re.compile(r"(?P<header>\0[^\[]*)|(?P<voice_tag>\[V:\d+\])|(?P<other>\[[A-Z]:[^]]*\]|\(\d(?:::\d)?)"
+                  r"|(?P<accidental>[_^=]+)|(?P<pitch>[A-Ga-g][,']*)|(?P<length>[\d/]+)|(?P<rest>[zZ])"
+                  r"|(?P<bar>[|\n]+)|(?P<end>\x01)")
+KINDS = ("header", "pitch", "accidental", "length", "rest", "bar", "voice_tag", "end", "other")
 
 
 def char_kinds(tokens, vocab):
-    """Ids of whole tunes -> (n,) index into KINDS of each character."""
+    """Ids of whole tunes -> (n,) index into KINDS of each character; "other" are chords, ties, tuplets, fields."""
     text = "".join([("\0", "\1", "\2", *vocab.chars[3:])[i] for i in tokens])
     kinds = np.full(len(text), KINDS.index("other"))
     for match in KIND.finditer(text):
@@ -4230,93 +4245,92 @@ def char_kinds(tokens, vocab):
     return kinds
 
 
-def test_losses(rows, test, vocab, cfg):
-    """Loss of every model on the test tunes: per character, note and second, by kind of character, by place in the window."""
-    kinds, tested = char_kinds(test, vocab)[1:], []
-    tunes = [tune for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl")
-             if tune["split"] == "test" and tune["start"] + tune["chars"] + 2 <= len(test)]
-    end, notes, seconds = tunes[-1]["start"] + tunes[-1]["chars"] + 1, *(sum(t[key] for t in tunes) for key in ("notes", "seconds"))
-    for row in progress(rows, "test loss", unit="model"):
-        model = load(Path(cfg.SAVE_DIR, row["checkpoint"]), cfg.device)[0]
-        losses = token_losses(model, test, cfg)
-        bits, place = losses / math.log(2), np.arange(len(losses)) % model.seq_len
-        loss, error = mean_loss(losses, test)
-        edges = [0, *(2**k for k in range(int(math.log2(model.seq_len)) + 1))]
-        tested.append({
-            "run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"], "test_loss": loss, "test_loss_se": error,
-            "test_bpc": loss / math.log(2), "test_perplexity": math.exp(loss),
-            "bits_per_note": bits[:end].sum() / notes, "bits_per_second": bits[:end].sum() / seconds,
-            "by_kind": {kind: {"share": float(np.mean(kinds == i)), "bits": float(bits[kinds == i].mean())}
+def test_loss(model, test, kinds, whole, cfg):
+    """Loss on the test tokens: per character, note and second, by kind of character, by place in the window.
+
+    `whole` are the rows of tunes.jsonl for the tunes that are whole in the tokens.
+    """
+    losses = token_losses(model, test, cfg)
+    bits, place = losses / math.log(2), np.arange(len(losses)) % model.seq_len
+    loss, error = mean_loss(losses, test)
+    in_whole = bits[:whole[-1]["start"] + whole[-1]["chars"] + 1].sum(dtype=np.float64)
+    edges = [0, *(2**k for k in range(int(math.log2(model.seq_len)) + 1))]
+    spans = {span: (span[0] <= place) & (place < span[1]) for span in itertools.pairwise(edges)}
+    return {"test_loss": loss, "test_loss_se": error, "test_bpc": loss / math.log(2),
+            "test_perplexity": math.exp(loss),
+            **{f"bits_per_{unit}": in_whole / sum(tune[f"{unit}s"] for tune in whole)
+               for unit in ("note", "second")},
+            "by_kind": {kind: {"share": np.mean(kinds == i), "bits": bits[kinds == i].mean(dtype=np.float64)}
                         for i, kind in enumerate(KINDS) if np.any(kinds == i)},
-            "by_position": [{"from": low, "to": high, "bits": float(bits[(low <= place) & (place < high)].mean())}
-                            for low, high in itertools.pairwise(edges) if np.any((low <= place) & (place < high))]})
-    return tested
+            "by_position": [{"from": low, "to": high, "bits": bits[here].mean(dtype=np.float64)}
+                            for (low, high), here in spans.items() if here.any()]}
 
 
 # --- samples of every model, judged beside real music
+
+SAMPLE_FOLDERS = ("best_samples", "samples")
+
 
 def opening(text, most):
     """The beginning of a tune up to a bar line: about a third of it, and at most so many characters."""
     return whole_bars(text[:min(len(text) // 3, most)]) or text[:text.find("|\n") + 2]
 
 
-def write_music(rows, best, cfg):
-    """Yields lists of {"run", "kind", "prompt", "text", "ended", "forced"}: real tunes that no model has seen, then new
-    ones of every model."""
-    held_out = [tune for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl") if tune["split"] == "test" and not tune["unknown"]]
-    real = [abc_path(tune["file"], cfg).read_text("utf-8") for tune in held_out[:cfg.samples]]
-    yield [{"run": "real", "kind": "real", "prompt": "", "text": text[:cfg.sample_chars], "forced": 0,
-            "ended": len(text) <= cfg.sample_chars} for text in real]
-    for row in progress(rows, "samples", unit="model"):
-        model, vocab, _ = load(Path(cfg.SAVE_DIR, row["checkpoint"]), cfg.device)
-        n = cfg.samples if row is best else min(cfg.samples, 100)
+def write_music(models, best, real, cfg):
+    """Yields lists of {"run", "kind", "prompt", "text", "ended", "forced"}: the real tunes, then of each model."""
+    most = cfg.sample_chars
+    yield [{"run": "real", "kind": "real", "prompt": "", "text": text[:most], "ended": len(text) <= most,
+            "forced": 0} for text in real]
+    for run, (model, vocab, _) in models:
+        n = cfg.samples if run == best else min(cfg.samples, 100)
         wanted = [("unprompted", "")] * n + [("constrained", "")] * n
-        wanted += [("prompted", opening(text, cfg.sample_chars // 2)) for text in real] if row is best else []
-        found = sample(model, vocab, [prompt for _, prompt in wanted], max_chars=cfg.sample_chars, top_p=cfg.TOP_P,
-                       temperature=cfg.TEMPERATURE, seed=cfg.SEED, constrained=[kind == "constrained" for kind, _ in wanted])
-        yield [{"run": row["run"], "kind": kind, "prompt": prompt, **tune}
+        wanted += [("prompted", opening(text, most // 2)) for text in real] if run == best else []
+        found = sample(model, vocab, [prompt for _, prompt in wanted], max_chars=most, seed=cfg.SEED,
+                       temperature=cfg.TEMPERATURE, top_p=cfg.TOP_P,
+                       constrained=[kind == "constrained" for kind, _ in wanted])
+        yield [{"run": run, "kind": kind, "prompt": prompt, **tune}
                for (kind, prompt), tune in zip(wanted, found, strict=True)]
 
 
 def name_shown(tunes, best, cfg):
-    """Adds "name" and "shown", the folder that a tune is written to: of the best model the first SHOWN of each kind, of
-    the others and the real ones the first. They are not selected."""
+    """Adds "name" and "shown", the folder that a tune is written to: of the best model the first SHOWN of each
+    kind, of the others and the real ones the first. They are not selected."""
     count = Counter()
     for tune in tunes:
         count[tune["kind"]] += 1
         tune["name"] = f"{tune['run']}_{tune['kind']}_{count[tune['kind']]:02d}"
-        if tune["run"] == best["run"]:
-            tune["shown"] = "best_samples" if count[tune["kind"]] <= cfg.SHOWN else ""
-        else:
-            tune["shown"] = "samples" if count[tune["kind"]] == 1 and tune["kind"] != "constrained" else ""
+        few, home = (cfg.SHOWN, "best_samples") if tune["run"] == best else (1, "samples")
+        skipped = home == "samples" and tune["kind"] == "constrained"
+        tune["shown"] = home if count[tune["kind"]] <= few and not skipped else ""
     return tunes
 
 
 def judge(tune, cfg):
-    """In a worker: the verdict on a tune, its metrics and its melody; writes the files of those that are shown."""
+    """In a worker: verdict, metrics and melody of a tune; writes the files of one that is shown."""
     text = tune["text"] if tune["ended"] else whole_bars(tune["text"])
     if tune["shown"]:
-        write_tune(Path(cfg.SAVE_DIR, tune["shown"], tune["name"]), text, score=tune["shown"] == "best_samples")
+        path = Path(cfg.SAVE_DIR, tune["shown"], tune["name"])
+        write_tune(path, text, score=tune["shown"] == "best_samples")
     parsed = read_abc(text)
     return {"check": check_abc(tune["text"], tune["ended"], tune["prompt"]), "metrics": music_metrics(parsed),
             "melody": melody(parsed.notes, np.array([drum for _, drum in parsed.voices]))}
 
 
 def judge_all(groups, best, cfg):
-    """All tunes of the groups with "check", "metrics" and "longest_run"; judged by workers while more are sampled."""
-    melodies, judged = [], []
+    """All tunes with "check", "metrics" and "longest_run"; workers judge while more are sampled."""
+    judged, melodies, nothing = [], [], {"notes": 0, "pitches": 0, "bars": 0, "bad_bars": 0}
     with ProcessPool(max_workers=cfg.workers) as pool:
         waiting = [(tunes, pool.map(judge, name_shown(tunes, best, cfg), [cfg] * len(tunes), timeout=60))
                    for tunes in groups]
-        for tunes, future in progress(waiting, "judged", unit="model"):
+        for tunes, future in waiting:
             results = future.result()
             for tune in tunes:
                 try:
                     found = next(results)
                 except (TimeoutError, ProcessExpired) as error:
                     reason = "timeout" if isinstance(error, TimeoutError) else "crashed"
-                    found = {"check": {"valid": False, "reasons": [reason], "notes": 0, "pitches": 0, "bars": 0,
-                                       "bad_bars": 0}, "metrics": {}, "melody": np.zeros(1, np.uint8)}
+                    found = {"check": {"valid": False, "reasons": [reason], **nothing}, "metrics": {},
+                             "melody": np.zeros(1, np.uint8)}
                 melodies.append(found.pop("melody"))
                 judged.append({**tune, **found})
     for tune, run in zip(judged, longest_runs(melodies, training_melodies(cfg)), strict=True):
@@ -4328,54 +4342,64 @@ def bootstrap_mean(values, draws, rng):
     """Mean of the numbers among `values` with a 95 % percentile interval over tunes."""
     values = np.array([value for value in values if value is not None])
     if not len(values):
-        return {"value": None, "lo": None, "hi": None}
+        return dict(NO_ESTIMATE)
     means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
     return dict(zip(("value", "lo", "hi"), (values.mean(), *np.quantile(means, (0.025, 0.975))), strict=True))
 
 
-def summary_of(tunes, real_limit, cfg):
-    """One row of the emergence table; `real_limit` is the longest run that 95 % of the real tunes stay within."""
-    n, rng = len(tunes), np.random.default_rng(cfg.SEED)
-    reasons = [tune["check"]["reasons"] for tune in tunes]
+def emergence_row(tunes, real_limit, cfg):
+    """One row of the emergence table; 95 % of the real tunes have a longest run of at most `real_limit`."""
+    n, rng, checks = len(tunes), np.random.default_rng(cfg.SEED), [tune["check"] for tune in tunes]
+    reasons = [check["reasons"] for check in checks]
     metrics = dict.fromkeys(name for tune in tunes for name in tune["metrics"])
-    return {"run": tunes[0]["run"], "kind": tunes[0]["kind"], "n": n, "ended": sum(tune["ended"] for tune in tunes),
-            "valid": wilson(sum(not r for r in reasons), n), "valid_or_cut": wilson(sum(r in ([], ["cut"]) for r in reasons), n),
-            "reasons": dict(Counter(reason for r in reasons for reason in r).most_common()),
-            "metrics": {name: bootstrap_mean([t["metrics"].get(name) for t in tunes], cfg.BOOTSTRAP, rng) for name in metrics},
-            "bars_right": 1 - sum(t["check"]["bad_bars"] for t in tunes) / max(1, sum(t["check"]["bars"] for t in tunes)),
-            "longest_run": float(np.median([tune["longest_run"] for tune in tunes])),
+    composed = [max(1, len(tune["text"]) - len(tune["prompt"])) for tune in tunes]
+    return {"run": tunes[0]["run"], "kind": tunes[0]["kind"], "n": n, "ended": sum(t["ended"] for t in tunes),
+            "valid": wilson(sum(not some for some in reasons), n),
+            "valid_or_cut": wilson(sum(some in ([], ["cut"]) for some in reasons), n),
+            "reasons": dict(Counter(itertools.chain(*reasons)).most_common()),
+            "bars_right": 1 - sum(c["bad_bars"] for c in checks) / max(1, sum(c["bars"] for c in checks)),
+            "longest_run": np.median([tune["longest_run"] for tune in tunes]),
             "copied": wilson(sum(tune["longest_run"] > real_limit for tune in tunes), n),
-            "forced_share": float(np.median([t["forced"] / max(1, len(t["text"]) - len(t["prompt"])) for t in tunes]))}
+            "forced_share": np.median([t["forced"] / chars for t, chars in zip(tunes, composed, strict=True)]),
+            "metrics": {name: bootstrap_mean([tune["metrics"].get(name) for tune in tunes], cfg.BOOTSTRAP, rng)
+                        for name in metrics}}
 
 
-SAMPLE_FOLDERS = ("best_samples", "samples")
-
-
-@stage(version=2, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP", after=fit, root="SAVE_DIR")
+@stage(version=2, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP", after=fit,
+       root="SAVE_DIR")
 def evaluate(cfg):
-    """Test losses of every model, and its tunes: judged, measured against real music, searched for copies, shown."""
-    save = Path(cfg.SAVE_DIR)
+    """Test losses of every model, and its tunes: judged, compared with real ones, searched for copies, shown."""
+    save, vocab = Path(cfg.SAVE_DIR), read_vocab(cfg)
     rows = [row for row in read_json(save / "scaling_results.json")["runs"] if row["main"]]
-    best, vocab = min(rows, key=lambda row: row["val_loss"]), read_vocab(cfg)
-    test = read_tokens("test", vocab, cfg)
+    best = min(rows, key=lambda row: row["val_loss"])["run"]
     for folder in SAMPLE_FOLDERS:
         shutil.rmtree(save / folder, ignore_errors=True)
         (save / folder).mkdir()
-    tested, tunes = test_losses(rows, test, vocab, cfg), judge_all(write_music(rows, best, cfg), best, cfg)
-    groups = {}
+    held_out = [tune for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl") if tune["split"] == "test"]
+    test = read_tokens("test", vocab, cfg)
+    whole = [tune for tune in held_out if tune["start"] + tune["chars"] + 2 <= len(test)] or held_out[:1]
+    models = {row["run"]: load(save / row["checkpoint"], cfg.device) for row in rows}
+    kinds = char_kinds(test, vocab)[1:]
+    tested = [{"run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"],
+               **test_loss(models[row["run"]][0], test, kinds, whole, cfg)}
+              for row in progress(rows, "test loss", unit="model")]
+    real = [abc_path(tune["file"], cfg).read_text("utf-8") for tune in held_out if not tune["unknown"]]
+    music = write_music(progress(models.items(), "samples", unit="model"), best, real[:cfg.samples], cfg)
+    tunes, groups = judge_all(music, best, cfg), {}
     for tune in tunes:
         groups.setdefault((tune["run"], tune["kind"]), []).append(tune)
     limit = float(np.quantile([tune["longest_run"] for tune in groups["real", "real"]], 0.95))
+    table = [emergence_row(group, limit, cfg) for group in groups.values()]
     for folder in SAMPLE_FOLDERS:
         write_json(save / folder / "metadata.json", [tune for tune in tunes if tune["shown"] == folder])
     write_jsonl(save / "samples.jsonl", tunes)
-    table = [summary_of(group, limit, cfg) for group in groups.values()]
-    write_json(save / "evaluation.json", {"models": tested, "best": best["run"], "test_chars": len(test) - 1,
-                                          "sample_chars": cfg.sample_chars, "real_run_95": limit, "music": table})
+    write_json(save / "evaluation.json", {
+        "models": tested, "best": best, "test_chars": len(test) - 1, "sample_chars": cfg.sample_chars,
+        "real_run_95": limit, "music": table})
     for row in table:
-        if row["run"] in ("real", best["run"]):
-            say(f"  {row['run']:12s} {row['kind']:12s} valid {row['valid']['value']:.0%} of {row['n']}")
-    return [save / "evaluation.json", save / "samples.jsonl", save / "samples", save / "best_samples"]
+        if row["run"] in ("real", best):
+            say(f"  {row['run']:12s} {row['kind']:12s} valid: {row['valid']['value']:.0%} of {row['n']} tunes")
+    return [save / "evaluation.json", save / "samples.jsonl", *(save / folder for folder in SAMPLE_FOLDERS)]
 
 
 # --- tunes as files
@@ -4397,58 +4421,69 @@ def write_tune(path, text, score=False):
 
 
 def audio(text):
-    """ABC text -> (n,) samples in [-1, 1]: plucked tones of six harmonics, drums as noise; AUDIO_SECONDS at most."""
+    """ABC text -> (n,) samples in [-1, 1], AUDIO_SECONDS at most."""
     score, rng = symusic.Score.from_midi(abc_to_midi(text)).to("second"), np.random.default_rng(0)
     wave = np.zeros(int((min(score.end(), AUDIO_SECONDS) + 1) * AUDIO_RATE))
     for track in score.tracks:
-        notes = track.notes.numpy()
-        for start, length, pitch in zip(notes["time"], notes["duration"], notes["pitch"], strict=True):
+        columns = [track.notes.numpy()[name] for name in ("time", "duration", "pitch")]
+        for start, length, pitch in zip(*columns, strict=True):
             if start < AUDIO_SECONDS:
-                t = np.arange(int((min(length, 6) + 0.2) * AUDIO_RATE)) / AUDIO_RATE
-                hertz = 440 * 2 ** ((pitch - 69) / 12) * np.arange(1, 7)
-                tone = (rng.normal(size=len(t)) * np.exp(-25 * t) if track.is_drum else sum(
-                    np.sin(2 * np.pi * f * t) / k**2 for k, f in enumerate(hertz, 1) if f < AUDIO_RATE / 2) * np.exp(-2 * t))
-                tone *= np.minimum(1, t / 0.005) * np.exp(-30 * np.maximum(0, t - length))
-                place = slice(int(start * AUDIO_RATE), int(start * AUDIO_RATE) + len(t))
-                wave[place] += tone[:len(wave[place])]
+                sound = tone(length, pitch, rng if track.is_drum else None)
+                place = slice(int(start * AUDIO_RATE), int(start * AUDIO_RATE) + len(sound))
+                wave[place] += sound[:len(wave[place])]
     return 0.8 * wave / np.abs(wave).max()
+
+
+def tone(seconds, pitch, rng=None):
+    """A plucked tone of six harmonics; with a generator, a drum of noise."""
+    t = np.arange(int((min(seconds, 6) + 0.2) * AUDIO_RATE)) / AUDIO_RATE
+    hertz = 440 * 2 ** ((pitch - 69) / 12) * np.arange(1, 7)
+    if rng:
+        sound = rng.normal(size=len(t)) * np.exp(-25 * t)
+    else:
+        harmonics = [np.sin(2 * np.pi * f * t) / k**2 for k, f in enumerate(hertz, 1) if f < AUDIO_RATE / 2]
+        sound = sum(harmonics, np.zeros(len(t))) * np.exp(-2 * t)
+    return sound * np.minimum(1, t / 0.005) * np.exp(-30 * np.maximum(0, t - seconds))
 
 
 def draw_roll(tune):
     """A piano roll: pitch over bars, a colour per voice."""
     figure = Figure(figsize=(7, 2.4), layout="constrained")
     axes, bars, notes = figure.subplots(), bar_starts(tune), tune.notes
-    axes.barh(notes.pitch, notes.duration * 0.95, 0.8, notes.onset, color=colormaps["tab10"](notes.voice % 10))
+    colours = colormaps["tab10"](notes.voice % 10)
+    axes.barh(notes.pitch, notes.duration * 0.95, 0.8, notes.onset, color=colours)
     every = max(1, len(bars) // 12)
     axes.set_xticks(bars[:-1:every], range(1, len(bars), every))
     octaves = range(notes.pitch.min() // 12 * 12, notes.pitch.max() + 12, 12)
     axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])
-    axes.set(xlabel="bar", xlim=(0, bars[-1]))
+    axes.set(xlabel="bar", xlim=(0, max(bars[-1], 1)))
     axes.grid(alpha=0.4)
     return figure
 
 
 def engrave(text):
-    """The score of a text as SVG, without the names that only a program would use. Raises what music21 raises."""
+    """The score of a text as SVG, without names that only a program would use. Raises what music21 raises."""
     import music21
     import verovio
     verovio.enableLog(verovio.LOG_OFF)
     page = verovio.toolkit()
-    page.setOptions({"pageWidth": 1600, "adjustPageHeight": True, "pageHeight": 60_000, "scale": 40, "svgViewBox": True,
-                     "header": "none", "footer": "none", "svgRemoveXlink": True, "xmlIdSeed": 1})
-    page.loadData(music21.musicxml.m21ToXml.GeneralObjectExporter(music21_score(text)).parse().decode())
+    page.setOptions({"pageWidth": 1600, "pageHeight": 60_000, "adjustPageHeight": True, "scale": 40,
+                     "svgViewBox": True, "svgRemoveXlink": True, "header": "none", "footer": "none",
+                     "xmlIdSeed": 1})
+    xml = music21.musicxml.m21ToXml.GeneralObjectExporter(music21_score(text)).parse()
+    page.loadData(xml.decode())
     return re.sub(r' class="[^"]*"| id="(?!E0)[^"]*"|\n\s*', "", page.renderToSVG(1))
 
 
-# --- on demand
+# --- on demand: python LakhMIDI.py --sample 8 --prompt mine.mid
 
 def read_prompt(prompt, cfg):
-    """A prompt in the notation of the models: ABC text as it is, an .abc or MIDI file converted, without its last bar.
+    """A prompt in the notation of the models: ABC text as it is, an .abc or MIDI file converted.
 
-    The last bar goes since a tune that has come to its close would be followed by its end.
+    The last bar of a file is left out: a tune that has come to its close would be followed by its end.
     """
     path = Path(prompt)
-    if not prompt or "\n" in prompt or path.suffix.lower() not in (".abc", ".mid", ".midi", ".kar"):
+    if "\n" in prompt or path.suffix.lower() not in (".abc", ".mid", ".midi", ".kar"):
         return prompt.replace("\\n", "\n")
     need(path.is_file(), f"there is no file {prompt}")
     try:
@@ -4460,15 +4495,16 @@ def read_prompt(prompt, cfg):
 
 
 def compose(cfg, count, prompt="", constrained=False):
-    """Writes `count` tunes of the best model to SAVE_DIR/my_samples/ as .abc, .mid, .mp3, .png; prints paths and verdicts."""
-    results = read_json(Path(cfg.SAVE_DIR, "scaling_results.json"), {"runs": []})["runs"]
-    need(results, f"no trained model in {cfg.SAVE_DIR}; run the study first")
-    best = min((row for row in results if row["main"]), key=lambda row: row["val_loss"])
+    """Writes tunes by the best model to SAVE_DIR/my_samples/: .abc, .mid, .mp3, .png; prints path and verdict."""
+    runs = read_json(Path(cfg.SAVE_DIR, "scaling_results.json"), {"runs": []})["runs"]
+    need(runs, f"there is no trained model in {cfg.SAVE_DIR}; run the study first")
+    best = min((row for row in runs if row["main"]), key=lambda row: row["val_loss"])
     model, vocab, _ = load(Path(cfg.SAVE_DIR, best["checkpoint"]), cfg.device)
     prompt, folder = read_prompt(prompt, cfg), Path(cfg.SAVE_DIR, "my_samples")
     folder.mkdir(exist_ok=True)
-    for i, tune in enumerate(sample(model, vocab, [prompt] * count, max_chars=cfg.sample_chars, top_p=cfg.TOP_P,
-                                    temperature=cfg.TEMPERATURE, seed=cfg.SEED, constrained=constrained), 1):
+    tunes = sample(model, vocab, [prompt] * count, max_chars=cfg.sample_chars, temperature=cfg.TEMPERATURE,
+                   top_p=cfg.TOP_P, seed=cfg.SEED, constrained=constrained)
+    for i, tune in enumerate(tunes, 1):
         path = folder / f"{best['run']}_{cfg.SEED}_{i:02d}"
         write_tune(path, tune["text"] if tune["ended"] else whole_bars(tune["text"]))
         check = check_abc(tune["text"], tune["ended"], prompt)
