@@ -241,8 +241,9 @@ class Cfg(metaclass=KnobType):
             return f"the Lakh MIDI Dataset ({self.LMD_DOWNLOAD})"
         if self.LMD_ZIP_PATH:
             return Path(self.LMD_ZIP_PATH).name
-        if self.DATASET:  # what it came to is known once the dump is there
-            return read_json(Path(self.DATA_ROOT, "midi_index.json"), {}).get("corpus", self.DATASET)
+        if self.DATASET:  # what that came to is known once it is there
+            index = read_json(Path(self.DATA_ROOT, "midi_index.json"), {})
+            return index["corpus"] if index.get("source") == self.source else f"The Session ({self.DATASET})"
         return f"folder {self.LOCAL_MIDI_ROOT}" if self.USE_LOCAL_MIDI else FOLK
 
     @property
@@ -931,7 +932,7 @@ def read_source(cfg):
         try:
             dump = download(THESESSION_URL, downloads / "thesession.csv", pauses=(1, 3))
         except UserError as error:
-            say(f"extract   {error}; instead {FOLK} (--from extract --force tries again)")
+            say(f"extract   {error}; going on with {FOLK} (--force tries again)")
         else:
             return read_dump(dump, cfg)
     elif cfg.DATASET:
