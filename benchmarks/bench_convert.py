@@ -168,7 +168,7 @@ def cpu_seconds():
 
 
 def in_turn(files, cfg, folder, repeats=5):
-    """Speed-up of two workers over one, in turn: by the clock, and as the CPU times of parent and workers allow.
+    """Speed-up of two workers over one: by the clock, in turn, and as CPU times of parent and workers allow.
 
     The second holds on a machine with nothing else to do; the first suffers from what else runs.
     """
@@ -186,7 +186,7 @@ def in_turn(files, cfg, folder, repeats=5):
             cpu += cpu_seconds() - before
         ratios.append(took[1] / took[2])
     return {"files": len(names), "speed_up_wall": float(np.median(ratios)), "best_wall": max(ratios),
-            "speed_up_by_cpu": 2 / (1 + cpu[0] / cpu[1]), "load": os.getloadavg()[0]}
+            "speed_up_by_cpu": float(2 / (1 + cpu[0] / cpu[1])), "load": os.getloadavg()[0]}
 
 
 def memory(pid):
