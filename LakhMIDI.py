@@ -985,9 +985,13 @@ LETTERS = "CDEFGAB"
 NATURAL = (0, 2, 4, 5, 7, 9, 11)  # semitones of C D E F G A B
 MARKS = {-2: "__", -1: "_", 0: "=", 1: "^", 2: "^^"}
 KEYS = ("Db", "Ab", "Eb", "Bb", "F", "C", "G", "D", "A", "E", "B", "F#")  # signatures -5 ... 6
+MINOR = ("Bbm", "Fm", "Cm", "Gm", "Dm", "Am", "Em", "Bm", "F#m", "C#m", "G#m", "D#m")
+# Krumhansl & Kessler 1982, probe-tone ratings of the twelve pitch classes from the tonic up
+MAJOR_PROFILE = (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88)
+MINOR_PROFILE = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)
 DRUM_KEY = 6  # G major in every drum voice: its one sharp is the closed hi-hat, the most frequent drum
 UNITS = (1, 2, 4, 8, 16, 32)  # denominators of L: and M:
-LAYERS = 6  # chords of a voice that may sound at once
+MAX_LAYERS = 6  # chords of a voice that may sound at once
 
 
 class Rejected(Exception):
@@ -1201,10 +1205,13 @@ def assign_layers(group, start, end, most):
 
 
 def choose_key(pitch):
-    """Index into KEYS of the signature with the fewest accidentals."""
+    """Pitches -> (index into KEYS of the signature with the fewest accidentals, name of the key)."""
     count = np.bincount(pitch % 12, minlength=12)
     scale = np.array([[(7 * s + n) % 12 for n in NATURAL] for s in range(-5, 7)])
-    return int(np.argmax(count[scale].sum(1) - 1e-6 * np.abs(np.arange(12) - 5)))
+    key = int(np.argmax(count[scale].sum(1) - 1e-6 * np.abs(np.arange(12) - 5)))
+    major, minor = (np.dot(np.roll(profile, 7 * (key - 5) + shift), count) / np.linalg.norm(profile)
+                    for profile, shift in ((MAJOR_PROFILE, 0), (MINOR_PROFILE, 9)))
+    return key, (MINOR if minor > major else KEYS)[key]
 
 
 @functools.cache
@@ -1283,8 +1290,11 @@ def fill_rests(line, start, end, lines, opens, closes):
     return line[gap], begin[gap], start[gap]
 
 
-def write_tuplets(line, start, end):
-    """Items by line and start -> (their written lengths in ticks, {item: "(3"} where a tuplet begins)."""
+def write_tuplets(line, start, end, time):
+    """Items by line and start -> (their written lengths in ticks, {item: "(3::2"} where a tuplet begins).
+
+    `time` stands for the time of two notes that three fill: "2", or "" since that is what readers expect.
+    """
     beat = line * MAX_BEATS * 2 + start // BEAT
     off = (start % 3 != 0) | (end % 3 != 0)  # only thirds of a beat leave the grid of 1/16
     if not off.any():
@@ -1292,7 +1302,7 @@ def write_tuplets(line, start, end):
     inside = np.isin(beat, beat[off]) & (end - start < BEAT)
     first = np.flatnonzero(inside & np.append(True, beat[1:] != beat[:-1]))
     count = np.searchsorted(beat, beat[first], "right") - first
-    prefixes = ["(3" if n == 3 else f"(3:2:{n}" for n in count.tolist()]
+    prefixes = ["(3" if n == 3 else f"(3:{time}:{n}" for n in count.tolist()]
     length = np.where(inside, (end - start) * 3 // 2, end - start)
     return length, dict(zip(first.tolist(), prefixes, strict=True))
 
@@ -1334,19 +1344,20 @@ def write_cells(notes, bars, triplet, keys, octaves):
     n_voices = len(octaves)
     texts, tied, group, start, end = write_chords(notes, bars, triplet, keys, octaves)
     n_bars = int(group.max()) // n_voices + 1
-    line = group * LAYERS + assign_layers(group, start, end, np.full(n_bars * n_voices, LAYERS))[0]
-    used = np.bincount(line, minlength=n_bars * n_voices * LAYERS).reshape(n_bars, n_voices, LAYERS) > 0
+    line = group * MAX_LAYERS + assign_layers(group, start, end, np.full(n_bars * n_voices, MAX_LAYERS))[0]
+    used = np.bincount(line, minlength=n_bars * n_voices * MAX_LAYERS).reshape(n_bars, n_voices, MAX_LAYERS) > 0
     used[:, :, 0] |= keys is None
     used[:, 0, 0] |= ~used.any((1, 2))  # in a silent bar the first voice rests
     lines = np.flatnonzero(used)
-    bar = lines // (n_voices * LAYERS)
+    bar = lines // (n_voices * MAX_LAYERS)
     rest, low, high = fill_rests(line, start, end, lines, bars[bar], bars[bar + 1])
-    piece, low, high = cut_pieces(rest // LAYERS % n_voices, low, high, bars, triplet)
+    piece, low, high = cut_pieces(rest // MAX_LAYERS % n_voices, low, high, bars, triplet)
     line, start, end = np.append(line, rest[piece]), np.append(start, low), np.append(end, high)
     order = np.argsort(line * (int(bars[-1]) + 1) + start)
     line, item = line[order], np.minimum(order, len(texts))  # all rests have one text, the last
-    length, tuplets = write_tuplets(line, start[order], end[order])
-    voice = line // LAYERS % n_voices
+    time = "2" if keys is None else ""
+    length, tuplets = write_tuplets(line, start[order], end[order], time)
+    voice = line // MAX_LAYERS % n_voices
     unit, units = choose_units(voice, length, n_voices)
     units = [unit] * n_voices if keys is None else units
     texts.append("z")
@@ -1356,16 +1367,16 @@ def write_cells(notes, bars, triplet, keys, octaves):
         tokens[i] += "-"
     for i, prefix in tuplets.items():
         tokens[i] = prefix + tokens[i]
-    for i in np.flatnonzero(line % LAYERS * np.append(True, np.diff(line) != 0)).tolist():
+    for i in np.flatnonzero(line % MAX_LAYERS * np.append(True, np.diff(line) != 0)).tolist():
         tokens[i] = "&" + tokens[i]
-    heads = np.flatnonzero(np.append(True, np.diff(line // LAYERS) != 0)).tolist()
-    return unit, units, [(*divmod(number // LAYERS, n_voices), "".join(tokens[i:j])) for number, i, j in
+    heads = np.flatnonzero(np.append(True, np.diff(line // MAX_LAYERS) != 0)).tolist()
+    return unit, units, [(*divmod(number // MAX_LAYERS, n_voices), "".join(tokens[i:j])) for number, i, j in
                          zip(line[heads].tolist(), heads, [*heads[1:], len(tokens)], strict=True)]
 
 
 def write_abc(voices, octaves, key, unit, units, fields, cells):
     """Header and cells -> text: a line per bar, [V:n] for each voice that sounds, Zn for bars it missed."""
-    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields.pop(0)), f"K:{KEYS[key]}"]
+    lines = ["X:1", f"L:1/{unit}", *re.findall(r"\[(.*?)\]", fields.pop(0)), f"K:{key}"]
     for i, (program, drum) in enumerate(voices):  # what differs between voices stands below their V: fields
         lines.append(f"V:{i + 1}" + (f" octave={octaves[i]}" if octaves[i] else ""))
         if program:  # without it players take 0, the piano
@@ -1400,9 +1411,9 @@ def score_to_abc(score, notes, voices, cfg):
     step, swing = choose_grid(notes.onset, notes.voice * 128 + notes.pitch)
     triplet = triplet_beats(notes, bars, step) & swing
     voice, pitch, start, end = grid_notes(notes, step, triplet)
-    _, end = layer_notes((voice, pitch, start, end), np.full(len(voices), LAYERS))
+    _, end = layer_notes((voice, pitch, start, end), np.full(len(voices), MAX_LAYERS))
     drums = np.array([drum for _, drum in voices])[notes.voice]
-    key = choose_key(notes.pitch[~drums])
+    key, key_name = choose_key(notes.pitch[~drums])
     middle = np.bincount(voice, pitch) / np.bincount(voice)
     octaves = np.rint((middle - 71.5) / 12).astype(int).tolist()  # C ... b need no octave marks
     keys = [DRUM_KEY if drum else key for _, drum in voices]
@@ -1410,7 +1421,7 @@ def score_to_abc(score, notes, voices, cfg):
     tempos = [(tempo.time / score.tpq, 6e7 / max(1, tempo.mspq)) for tempo in score.tempos]
     n_bars = cells[-1][0] + 1
     fields, seconds = bar_fields(metres, tempos, bars[:n_bars + 1])
-    abc = write_abc(voices, octaves, key, unit, units, fields, cells)
+    abc = write_abc(voices, octaves, key_name, unit, units, fields, cells)
     if len(abc) > cfg.MAX_ABC_CHARS:
         raise Rejected("too_many_chars", f"{len(abc)}")
     return {"abc": abc, "n_bars": n_bars, "seconds": seconds}
@@ -1428,7 +1439,7 @@ TOKEN = re.compile(r"\[([A-Za-z]):([^]]*)\]"  # field
                    r"|(\[[^]|&]*\]?|[_^=]{0,2}[A-Ga-g][,']*|[zx])(\d*/*\d*)(-?)"  # chord or note, length, tie
                    r"|([|&])|\((\d)(?::(\d*))?(?::(\d*))?"  # end of a bar or layer; (p:q:r
                    r"|Z(\d*)\s*(\|?)|\S")  # silent bars; anything else
-NOTE = re.compile(r"([_^=]{0,2})([A-Ga-g])([,']*)(?:\d*/*\d*)(-?)")
+NOTE = re.compile(r"([_^=]{0,2})([A-Ga-g])([,']*)(\d*/*\d*)(-?)")
 # what other people's ABC has besides notes: chord names, decorations, grace notes, endings, repeats, comments
 ORNAMENT = re.compile(r"\"[^\"]*\"|![^!]*!|\{[^}]*\}|\[\d|(?<=\|)\d|:+(?=\|)|(?<=\|):+|(?<=\|)\]|[~.`\\]|%.*")
 MODES = {"m": -3, "min": -3, "aeo": -3, "dor": -2, "mix": -1, "lyd": 1, "phr": -4, "loc": -5}
@@ -1456,14 +1467,16 @@ def key_sharps(text):
 
 @functools.lru_cache(maxsize=8192)
 def chord_value(text, sharps, octave):
-    """'^c,' or '[CE-G]' -> [(pitch, "-" if tied)]."""
-    notes = []
-    for mark, letter, marks, tie in NOTE.findall(text):
+    """'^c,' or '[CE-G]' -> (pitches, whether each is tied, length of the first note inside the brackets)."""
+    pitches, ties, inner = [], [], 1.0
+    for mark, letter, marks, length, tie in NOTE.findall(text):
         step = LETTERS.index(letter.upper())
         alter = mark.count("^") - mark.count("_") if mark else (sharps + 5 - (2 * step + 1) % 7 + 1) // 7
         height = 5 + octave + letter.islower() + marks.count("'") - marks.count(",")
-        notes.append((min(127, max(0, 12 * height + NATURAL[step] + alter)), tie))
-    return notes
+        inner = inner if pitches else length_value(length)
+        pitches.append(min(127, max(0, 12 * height + NATURAL[step] + alter)))
+        ties.append(tie == "-")
+    return pitches, ties, inner
 
 
 class Reader:
@@ -1535,12 +1548,13 @@ class Reader:
         for letter, value, text, length, tie, end, p, q, r, missed, silent in TOKEN.findall(line):
             voice = self.voice
             if text:
-                beats = voice.unit * length_value(length) * (factor if left > 0 else 1)
+                pitches, ties, inner = chord_value(text, voice.sharps, voice.octave)
+                beats = voice.unit * length_value(length) * inner * (factor if left > 0 else 1)
                 left -= 1
                 fits = min(beats, self.clock + self.metre - voice.now) if self.inline else beats
                 if fits > 1e-6:  # what hangs over the bar line is cut off
-                    self.rows += [(voice.index, voice.now, fits, pitch, bool(tie or own), self.number)
-                                  for pitch, own in chord_value(text, voice.sharps, voice.octave)]
+                    self.rows += [(voice.index, voice.now, fits, pitch, tied or tie == "-", self.number)
+                                  for pitch, tied in zip(pitches, ties, strict=True)]
                 voice.now += beats
                 self.report("open_bracket", text[0] == "[" and text[-1] != "]")
             elif end:
@@ -1559,6 +1573,8 @@ class Reader:
                 self.report("bad_char")
         if self.inline:
             self.next_bar()
+            while self.bar < self.voice.bars:  # Zn and nothing else
+                self.next_bar()
 
     def end_layer(self, voice, end):
         """At & or |: a layer must fill a bar. Inline, a bar line too early is ignored."""
