@@ -2362,8 +2362,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
                 parts = update.view(getattr(p, "stacked", 1), -1, p.size(1))
                 by_shape.setdefault(parts.shape[1:], []).append((p, parts))
@@ -2526,7 +2527,10 @@ def lr_scale(step, end, cfg):
 
 
 def join_ranks(cfg):
-    """Joins the processes of a torchrun, if there are any; returns the rank of this one."""
+    """Joins the processes of a torchrun, if there are any; returns the rank of this one.
+
+    All of them must see DATA_ROOT and SAVE_DIR, so several machines need a file system in common.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
