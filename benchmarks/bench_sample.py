@@ -1,10 +1,12 @@
-"""How much faster is the sampler than one that reads its window again for every character, and what does the grammar cost?
+"""How much faster is the sampler than one that reads its window anew for every character? What does the
+grammar cost?
 
     python benchmarks/bench_sample.py runs_lakh [gpt_1M lstm_1M ...]
 
-Both samplers are greedy and must write the same text. Seconds are those of the process, where other programs would disturb
-the clock on the wall. Ratios come from one run; they, not the rates, travel between machines.
+Both samplers are greedy and must write the same text. Seconds are those of the process, since other programs
+would disturb the clock on the wall. The ratios, not the rates, travel between machines.
 """
+
 import json
 import sys
 import time
@@ -27,7 +29,9 @@ class Endless(torch.nn.Module):
         self.model, self.again, self.seq_len = model, again, model.seq_len
 
     def empty_state(self, batch, length):
-        return torch.zeros(batch, 0, dtype=torch.long) if self.again else self.model.empty_state(batch, length)
+        return (
+            torch.zeros(batch, 0, dtype=torch.long) if self.again else self.model.empty_state(batch, length)
+        )
 
     def forward(self, tokens, state):
         if self.again:
@@ -41,25 +45,38 @@ class Endless(torch.nn.Module):
 
 def timed(model, vocab, **options):
     began = time.process_time()
-    tunes = study.sample(model, vocab, ["X:1\n" + "L:1/8\n" * (i % 2) for i in range(ROWS)], max_chars=CHARS, **options)
+    tunes = study.sample(
+        model, vocab, ["X:1\nL:1/8\nM:4/4\n" if i % 2 else "X:1\n" for i in range(ROWS)], max_chars=CHARS, **options
+    )
     seconds = time.process_time() - began
     return tunes, sum(len(tune["text"]) for tune in tunes) / seconds, sum(tune["forced"] for tune in tunes)
 
 
 def main(folder, *names):
-    print(f"{ROWS} x {CHARS:,} characters   cached char/s   uncached char/s   speed-up   constrained / free   chosen by the grammar")
+    heads = ("cached char/s", "uncached char/s", "speed-up", "constrained / free", "chosen by the grammar")
+    print(f"{ROWS} x {CHARS:,}", *heads, sep="   ")
     for name in names or ("gpt_1M", "lstm_1M"):
         model, vocab, _ = study.load(Path(folder, f"{name}.pt"))
         fast, fast_rate, _ = timed(Endless(model), vocab, temperature=0)
         slow, slow_rate, _ = timed(Endless(model, again=True), vocab, temperature=0)
         assert fast == slow, "the two samplers differ"
-        free_rate = timed(Endless(model), vocab, seed=1)[1]
-        bound, bound_rate, forced = timed(Endless(model), vocab, seed=1, constrained=True)
+        free_rate = timed(model, vocab, seed=1)[1]
+        bound, bound_rate, forced = timed(model, vocab, seed=1, constrained=True)
         chosen = forced / sum(len(tune["text"]) for tune in bound)
-        print(f"{name:20s} {fast_rate:18,.0f} {slow_rate:17,.0f} {fast_rate / slow_rate:9.0f} x {bound_rate / free_rate:18.2f} "
-              f"{chosen:22.1%}")
-        result = {"bench": "sample", "model": name, "speed_up": fast_rate / slow_rate, "constrained_speed": bound_rate / free_rate,
-                  "chosen_by_grammar": chosen, "rows": ROWS, "chars": CHARS, "seq_len": model.seq_len}
+        print(
+            f"{name:10s} {fast_rate:15,.0f} {slow_rate:17,.0f} {fast_rate / slow_rate:8.0f} x "
+            f"{bound_rate / free_rate:20.2f} {chosen:23.1%}"
+        )
+        result = {
+            "bench": "sample",
+            "model": name,
+            "speed_up": fast_rate / slow_rate,
+            "constrained_speed": bound_rate / free_rate,
+            "chosen_by_grammar": chosen,
+            "rows": ROWS,
+            "chars": CHARS,
+            "seq_len": model.seq_len,
+        }
         with open(Path(__file__).with_name("results.jsonl"), "a", encoding="utf-8") as results:
             results.write(json.dumps(result) + "\n")
 
