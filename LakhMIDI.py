@@ -214,7 +214,7 @@ class Cfg(metaclass=KnobType):
         """A study of seconds, all files below `root`."""
         root = Path(root)
         return cls(**{"DATA_ROOT": root / "data_lakh", "SAVE_DIR": root / "runs_lakh", "STUDY": "smoke", "WORKERS": 1,
-                      "MAX_MIDI_FILES": 80, "EVAL_TOKENS": 4_000, "SAMPLES": 4, "SAMPLE_CHARS": 200,
+                      "MAX_MIDI_FILES": 80, "EVAL_TOKENS": 4_000, "SAMPLES": 4, "SHOWN": 2, "SAMPLE_CHARS": 200,
                       "BOOTSTRAP": 50, **knobs})
 
     # --- derived values
@@ -991,7 +991,7 @@ MAJOR_PROFILE = (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.2
 MINOR_PROFILE = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)
 DRUM_KEY = 6  # G major in every drum voice: its one sharp is the closed hi-hat, the most frequent drum
 UNITS = (1, 2, 4, 8, 16, 32)  # denominators of L: and M:
-MAX_LAYERS = 6  # chords of a voice that may sound at once
+LAYERS = 6  # chords of a voice that may sound at once
 
 
 class Rejected(Exception):
@@ -1344,20 +1344,20 @@ def write_cells(notes, bars, triplet, keys, octaves):
     n_voices = len(octaves)
     texts, tied, group, start, end = write_chords(notes, bars, triplet, keys, octaves)
     n_bars = int(group.max()) // n_voices + 1
-    line = group * MAX_LAYERS + assign_layers(group, start, end, np.full(n_bars * n_voices, MAX_LAYERS))[0]
-    used = np.bincount(line, minlength=n_bars * n_voices * MAX_LAYERS).reshape(n_bars, n_voices, MAX_LAYERS) > 0
+    line = group * LAYERS + assign_layers(group, start, end, np.full(n_bars * n_voices, LAYERS))[0]
+    used = np.bincount(line, minlength=n_bars * n_voices * LAYERS).reshape(n_bars, n_voices, LAYERS) > 0
     used[:, :, 0] |= keys is None
     used[:, 0, 0] |= ~used.any((1, 2))  # in a silent bar the first voice rests
     lines = np.flatnonzero(used)
-    bar = lines // (n_voices * MAX_LAYERS)
+    bar = lines // (n_voices * LAYERS)
     rest, low, high = fill_rests(line, start, end, lines, bars[bar], bars[bar + 1])
-    piece, low, high = cut_pieces(rest // MAX_LAYERS % n_voices, low, high, bars, triplet)
+    piece, low, high = cut_pieces(rest // LAYERS % n_voices, low, high, bars, triplet)
     line, start, end = np.append(line, rest[piece]), np.append(start, low), np.append(end, high)
     order = np.argsort(line * (int(bars[-1]) + 1) + start)
     line, item = line[order], np.minimum(order, len(texts))  # all rests have one text, the last
     time = "2" if keys is None else ""
     length, tuplets = write_tuplets(line, start[order], end[order], time)
-    voice = line // MAX_LAYERS % n_voices
+    voice = line // LAYERS % n_voices
     unit, units = choose_units(voice, length, n_voices)
     units = [unit] * n_voices if keys is None else units
     texts.append("z")
@@ -1367,10 +1367,10 @@ def write_cells(notes, bars, triplet, keys, octaves):
         tokens[i] += "-"
     for i, prefix in tuplets.items():
         tokens[i] = prefix + tokens[i]
-    for i in np.flatnonzero(line % MAX_LAYERS * np.append(True, np.diff(line) != 0)).tolist():
+    for i in np.flatnonzero(line % LAYERS * np.append(True, np.diff(line) != 0)).tolist():
         tokens[i] = "&" + tokens[i]
-    heads = np.flatnonzero(np.append(True, np.diff(line // MAX_LAYERS) != 0)).tolist()
-    return unit, units, [(*divmod(number // MAX_LAYERS, n_voices), "".join(tokens[i:j])) for number, i, j in
+    heads = np.flatnonzero(np.append(True, np.diff(line // LAYERS) != 0)).tolist()
+    return unit, units, [(*divmod(number // LAYERS, n_voices), "".join(tokens[i:j])) for number, i, j in
                          zip(line[heads].tolist(), heads, [*heads[1:], len(tokens)], strict=True)]
 
 
@@ -1411,7 +1411,7 @@ def score_to_abc(score, notes, voices, cfg):
     step, swing = choose_grid(notes.onset, notes.voice * 128 + notes.pitch)
     triplet = triplet_beats(notes, bars, step) & swing
     voice, pitch, start, end = grid_notes(notes, step, triplet)
-    _, end = layer_notes((voice, pitch, start, end), np.full(len(voices), MAX_LAYERS))
+    _, end = layer_notes((voice, pitch, start, end), np.full(len(voices), LAYERS))
     drums = np.array([drum for _, drum in voices])[notes.voice]
     key, key_name = choose_key(notes.pitch[~drums])
     middle = np.bincount(voice, pitch) / np.bincount(voice)
@@ -3724,7 +3724,7 @@ def draw_curves(families, curves):
 
 
 # ============================================================================================================
-# 9 Sample and evaluate: checkpoints, tokens/test.bin -> evaluation.json, samples.jsonl, best_samples/, samples/
+# 9 Sample and evaluate: checkpoints, tokens/test.bin -> evaluation.json, samples.jsonl, two sample folders
 # ============================================================================================================
 
 
@@ -3748,7 +3748,7 @@ def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, 
     the model does not know.
     """
     unknown = sorted(set("".join(prompts)) - set(vocab.chars[3:]))
-    need(not unknown, f"the model does not know these characters of the prompt: {' '.join(map(repr, unknown))}")
+    need(not unknown, f"the prompt has characters unknown to the model: {' '.join(map(repr, unknown))}")
     rows, tunes = [np.append(START, vocab.encode(prompt)) for prompt in prompts], []
     bound = np.broadcast_to(constrained, len(rows))
     total = max(map(len, rows), default=0) + max_chars + CLOSING_CHARS
@@ -3849,7 +3849,7 @@ DRUMS = f"%%MIDI channel 10\nK:{KEYS[DRUM_KEY]}\n"
 PROGRAMS = words("%%MIDI program {}\n", range(1, 128)) | {""}
 HEADER = {  # place: what may stand there ("" if it may be missing), and the next place
     "X": (words("X:1\nL:1/{}\n", UNITS), "M"), "M": (words("M:{}\n", METRES), "Q"),
-    "Q": (words("Q:{}\n", TEMPOS), "K"), "K": (words("K:{}\n", KEYS), "V"),
+    "Q": (words("Q:{}\n", TEMPOS), "K"), "K": (words("K:{}\n", KEYS + MINOR), "V"),
     "sound": (PROGRAMS | {program + DRUMS for program in PROGRAMS}, "unit"), "unit": (LINE_OF_L | {""}, "V")}
 OCTAVES = ["", *(f" octave={octave}" for octave in range(-4, 5) if octave)]
 NEW_METRE, NEW_TEMPO = words("[M:{}]", METRES), words("[Q:{}]", TEMPOS)
@@ -3925,7 +3925,8 @@ class Place(NamedTuple):
             return [frozenset([f"Z{self.bar - self.due[v]}|"])]
         mine = frozenset(pitch for voice, pitch in self.owed if voice == v)
         if at == "end":
-            return [frozenset("&" if mine else "|" if closing or self.layer + 1 == LAYERS else "&|")]
+            last = closing or self.layer + 1 == LAYERS
+            return [frozenset("&" if mine else "|" if last else "&|")]
         return self.notes(closing, mine)
 
     def notes(self, closing, mine):
@@ -3934,7 +3935,7 @@ class Place(NamedTuple):
         others = [(pitch, tied) for layer, pitch, tied in self.used if layer != self.layer]
         # a tie counts for the next note of its pitch, in whatever layer: no other may come between
         untied = frozenset(pitch for pitch, _ in others) | (frozenset() if at_start else mine)
-        here = frozenset(pitch for pitch, _ in chord_value(self.head, *self.voices[v][1:]))
+        here = frozenset(chord_value(self.head, *self.voices[v][1:])[0])
         if at == "length":
             lengths = list(note_lengths(self.voices[v][0], self.left, *self.tuplet))
             ties = self.head != "z" and "-" not in self.head and not closing and not untied & here
@@ -3944,18 +3945,19 @@ class Place(NamedTuple):
         names = functools.partial(note_names, *self.voices[v][1:])
         banned = here | {pitch for pitch, tied in others if tied}
         if at == "chord":
-            only = {"only": must - here} if len(here) >= MAX_CHORD or closing and must - here else {}
+            only = {"only": must - here} if len(here) >= MAX_CHORD or (closing and must - here) else {}
             return [names(banned, **only), *([] if closing else [names(banned | untied, **only, tie="-")]),
                     frozenset("]" if len(here) > 1 and must <= here else "")]
         triplet = not self.tuplet and self.left >= BEAT and (self.metre - self.left) % BEAT == 0
         alone = at == "bar" and v == 0 and not self.owed and not closing
-        return [frozenset("[" if must else "z["), *([TRIPLETS] if triplet else []), *([SILENCE] if alone else []),
-                *([names(banned, **({"only": must} if must else {}))] if len(must) < 2 else [])]
+        single = names(banned, only=must) if must else names(banned)
+        return [frozenset("[" if must else "z["), single if len(must) < 2 else frozenset(),
+                *([TRIPLETS] if triplet else []), *([SILENCE] if alone else [])]
 
     def after(self, symbol):
         """The place behind a symbol."""
         at, move = self.at, self._replace
-        if at in HEADER or at == "V" and symbol[0] == "V":
+        if at in HEADER or (at == "V" and symbol[0] == "V"):
             return move(at=HEADER[at][1] if at in HEADER else "sound", header=self.header + symbol)
         if symbol[:3] == "[V:":
             place = self.read_header() if at == "V" else self
@@ -3983,17 +3985,17 @@ class Place(NamedTuple):
         events, beat = self.tuplet or (1, 0)
         ticks = note_lengths(self.voices[self.voice][0], self.left, *self.tuplet)[symbol.rstrip("-")]
         left = self.left - (ticks * 2 // 3 if self.tuplet else ticks)
-        notes = chord_value(self.head, *self.voices[self.voice][1:])
-        tied = frozenset(pitch for pitch, tie in notes if tie or symbol[-1:] == "-")
-        taken = {(self.voice, pitch) for pitch, _ in notes if self.left == self.metre}
+        pitches, inner, _ = chord_value(self.head, *self.voices[self.voice][1:])
+        tied = frozenset(pitches if symbol[-1:] == "-" else itertools.compress(pitches, inner))
+        taken = {(self.voice, pitch) for pitch in pitches if self.left == self.metre}
         return self._replace(
             at="event" if left else "end", left=left, head="", held=tied if left else frozenset(),
             tuplet=(events - 1, beat - ticks) if events > 1 else (), owed=self.owed - taken,
             ties=self.ties | {(self.voice, pitch) for pitch in tied if not left},
-            used=self.used | {(self.layer, pitch, pitch in tied) for pitch, _ in notes})
+            used=self.used | {(self.layer, pitch, pitch in tied) for pitch in pitches})
 
     def due_at(self, bar):
-        return self.due[:self.voice] + (bar,) + self.due[self.voice + 1:]
+        return (*self.due[:self.voice], bar, *self.due[self.voice + 1:])
 
     def open_layer(self, voice, layer, at):
         used = self.used if layer else frozenset()
@@ -4010,8 +4012,8 @@ class Place(NamedTuple):
 
 
 class Grammar:
-    """Follows a tune while it is written and says which characters may come next, so that it can become whole:
-    every bar adds up, every bracket, tuplet and tie is closed, and after max_chars it comes to its end."""
+    """Follows a tune while it is written and refuses characters after which it could not become whole: every
+    bar adds up, every bracket, tuplet and tie is closed, and after max_chars it comes to its end."""
 
     def __init__(self, vocab, prompt, max_chars):
         self.chars = [None, THE_END, None, *vocab.chars[3:]]
@@ -4019,8 +4021,8 @@ class Grammar:
         self.place, self.symbol, self.room, self.forced = Place(), "", max_chars + len(prompt), 0
         self.closing = False  # as it was when the symbol began
         for i, n in enumerate(vocab.encode(prompt)):
-            need(self.feed(n), "constrained sampling goes on only from the notation of the converter, which the "
-                               f"prompt leaves with {prompt[max(0, i - 20):i + 1]!r}")
+            need(self.feed(n), "constrained sampling goes on only from the notation of the converter, which "
+                               f"the prompt leaves with {prompt[max(0, i - 20):i + 1]!r}")
 
     def feed(self, n):
         """Go on by the character with id n; False, and nothing changes, where it may not come."""
@@ -4049,8 +4051,8 @@ def check_abc(text, ended=True, prompt=""):
     "bar_length", "open_tie", "open_bracket", "open_tuplet", "bad_char" and others are what read_abc reports.
     "cut": the tune had not ended when it was stopped; it is judged up to its last whole bar, and a tie into
     what is missing is no fault. "silent", "mostly_rests": after the prompt too little was composed, or less
-    than half of the time sounds. "abc2midi", "music21": that reader does not find the same notes in the strict
-    export; the two are slow, and asked only about tunes that have no other fault.
+    than half of the time sounds. "abc2midi", "music21": that reader does not find the same notes in the
+    strict export; the two are slow, and asked only about tunes that have no other fault.
     """
     text = text if ended else whole_bars(text)
     tune, last = read_abc(text), text.count("\n")
@@ -4140,11 +4142,12 @@ NO_ESTIMATE = {"value": None, "lo": None, "hi": None}
 def music_metrics(tune):
     """{metric: number, None where it is not defined} of a Tune; {} of one without pitched notes.
 
-    As in MusPy (Dong et al. 2020, arXiv 2008.01951) and MGEval (Yang and Lerch 2020); groove as in Wu and Yang
-    2020 (arXiv 2008.01307). pitch_class_entropy: bits. scale_consistency: share of notes in the best major or
-    minor scale. polyphony: notes at once, where any sounds. groove_consistency: 1 - share of the steps of 1/12
-    beat in which the onsets of a bar and the next differ. empty_bars: share of bars in which no note begins.
-    repeated_bars: share of the others whose notes were heard before. Drums count from notes_per_beat on.
+    As in MusPy (Dong et al. 2020, arXiv 2008.01951) and MGEval (Yang and Lerch 2020); groove as in Wu and
+    Yang 2020 (arXiv 2008.01307). pitch_class_entropy: bits. scale_consistency: share of notes in the best
+    major or minor scale. polyphony: notes at once, where any sounds. groove_consistency: 1 - share of the
+    steps of 1/12 beat in which the onsets of a bar and the next differ. empty_bars: share of bars in which no
+    note begins. repeated_bars: share of the others that were heard before. Drums count in all but the first
+    three.
     """
     drums, bars = np.array([*(drum for _, drum in tune.voices), False]), bar_starts(tune)
     pitched = Notes(*(column[~drums[tune.notes.voice]] for column in tune.notes))
@@ -4191,7 +4194,7 @@ def melody(notes, drums):
 
 
 def training_melodies(cfg, most=2**26):
-    """The melodies of the training tunes in one array; beyond `most` steps (64 MB) further tunes are left out."""
+    """The melodies of the training tunes in one array; beyond `most` steps (64 MB) tunes are left out."""
     parts, size = [], 0
     for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl"):
         if tune["split"] == "train" and size < most:
@@ -4205,7 +4208,7 @@ def training_melodies(cfg, most=2**26):
 
 
 def longest_runs(tunes, corpus, most=256):
-    """Melodies -> (n,) notes in the longest run, in any key, that each shares with the corpus; `most` at most.
+    """Melodies -> (n,) notes in the longest run, in any key, that each shares with the corpus, up to `most`.
 
     Bisection over the length, for all tunes at once, by hashes of the runs. Memory: a byte per step of the
     corpus, and about 50 MB for the slice of it that is being hashed.
@@ -4258,7 +4261,7 @@ KINDS = ("header", "pitch", "accidental", "length", "rest", "bar", "voice_tag", 
 
 
 def char_kinds(tokens, vocab):
-    """Ids of whole tunes -> (n,) index into KINDS of each character; "other" are chords, ties, tuplets, fields."""
+    """Ids of whole tunes -> (n,) index into KINDS of each; "other": chords, ties, tuplets, fields."""
     text = "".join([("\0", "\1", "\2", *vocab.chars[3:])[i] for i in tokens])
     kinds = np.full(len(text), KINDS.index("other"))
     for match in KIND.finditer(text):
@@ -4298,7 +4301,7 @@ def opening(text, most):
 
 
 def write_music(models, best, real, cfg):
-    """Yields lists of {"run", "kind", "prompt", "text", "ended", "forced"}: the real tunes, then of each model."""
+    """Yields the real tunes, then each model's: lists of {"run", "kind", "prompt", "text", "ended"}."""
     most = cfg.sample_chars
     yield [{"run": "real", "kind": "real", "prompt": "", "text": text[:most], "ended": len(text) <= most,
             "forced": 0} for text in real]
@@ -4314,8 +4317,8 @@ def write_music(models, best, real, cfg):
 
 
 def name_shown(tunes, best, cfg):
-    """Adds "name" and "shown", the folder that a tune is written to: of the best model the first SHOWN of each
-    kind, of the others and the real ones the first. They are not selected."""
+    """Adds "name" and "shown", the folder that a tune is written to: of the best model the first SHOWN of
+    each kind, of the others and the real ones the first. They are not selected."""
     count = Counter()
     for tune in tunes:
         count[tune["kind"]] += 1
@@ -4354,9 +4357,16 @@ def judge_all(groups, best, cfg):
                              "melody": np.zeros(1, np.uint8)}
                 melodies.append(found.pop("melody"))
                 judged.append({**tune, **found})
-    for tune, run in zip(judged, longest_runs(melodies, training_melodies(cfg)), strict=True):
-        tune["longest_run"] = int(run)
+    runs = longest_runs(melodies, training_melodies(cfg))
+    for tune, steps, run in zip(judged, melodies, runs, strict=True):
+        tune["longest_run"], tune["melody_notes"] = int(run), int(np.count_nonzero(steps)) + 1
     return judged
+
+
+def is_copy(tune, real_limit):
+    """Whether a tune shares with training more than real tunes do, or all that it has."""
+    whole = max(MIN_TUNE_NOTES, tune["melody_notes"])
+    return tune["longest_run"] > real_limit or tune["longest_run"] >= whole
 
 
 def bootstrap_mean(values, draws, rng):
@@ -4373,23 +4383,23 @@ def emergence_row(tunes, real_limit, cfg):
     n, rng, checks = len(tunes), np.random.default_rng(cfg.SEED), [tune["check"] for tune in tunes]
     reasons = [check["reasons"] for check in checks]
     metrics = dict.fromkeys(name for tune in tunes for name in tune["metrics"])
-    composed = [max(1, len(tune["text"]) - len(tune["prompt"])) for tune in tunes]
+    forced = [t["forced"] / max(1, len(t["text"]) - len(t["prompt"])) for t in tunes]
     return {"run": tunes[0]["run"], "kind": tunes[0]["kind"], "n": n, "ended": sum(t["ended"] for t in tunes),
             "valid": wilson(sum(not some for some in reasons), n),
             "valid_or_cut": wilson(sum(some in ([], ["cut"]) for some in reasons), n),
             "reasons": dict(Counter(itertools.chain(*reasons)).most_common()),
             "bars_right": 1 - sum(c["bad_bars"] for c in checks) / max(1, sum(c["bars"] for c in checks)),
             "longest_run": np.median([tune["longest_run"] for tune in tunes]),
-            "copied": wilson(sum(tune["longest_run"] > real_limit for tune in tunes), n),
-            "forced_share": np.median([t["forced"] / chars for t, chars in zip(tunes, composed, strict=True)]),
-            "metrics": {name: bootstrap_mean([tune["metrics"].get(name) for tune in tunes], cfg.BOOTSTRAP, rng)
+            "copied": wilson(sum(is_copy(tune, real_limit) for tune in tunes), n),
+            "forced_share": np.median(forced),
+            "metrics": {name: bootstrap_mean([t["metrics"].get(name) for t in tunes], cfg.BOOTSTRAP, rng)
                         for name in metrics}}
 
 
 @stage(version=2, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP", after=fit,
        root="SAVE_DIR")
 def evaluate(cfg):
-    """Test losses of every model, and its tunes: judged, compared with real ones, searched for copies, shown."""
+    """Test losses of every model; its tunes, judged, compared with real ones, searched for copies, shown."""
     save, vocab = Path(cfg.SAVE_DIR), read_vocab(cfg)
     rows = [row for row in read_json(save / "scaling_results.json")["runs"] if row["main"]]
     best = min(rows, key=lambda row: row["val_loss"])["run"]
@@ -4419,7 +4429,7 @@ def evaluate(cfg):
         "real_run_95": limit, "music": table})
     for row in table:
         if row["run"] in ("real", best):
-            say(f"  {row['run']:12s} {row['kind']:12s} valid: {row['valid']['value']:.0%} of {row['n']} tunes")
+            say(f"  {row['run']:12s} {row['kind']:12s} {row['valid']['value']:.0%} of {row['n']} tunes valid")
     return [save / "evaluation.json", save / "samples.jsonl", *(save / folder for folder in SAMPLE_FOLDERS)]
 
 
@@ -4429,12 +4439,13 @@ AUDIO_SECONDS, AUDIO_RATE = 30, 22_050
 
 
 def write_tune(path, text, score=False):
-    """ABC text -> path.abc, .mid, .mp3, .png with a piano roll and, where it can be had, .svg with the score."""
+    """ABC text -> path.abc, .mid, .mp3, .png (piano roll) and, if asked for and possible, .svg (score)."""
     write_text(f"{path}.abc", text)
     Path(f"{path}.mid").write_bytes(abc_to_midi(text))
     tune = read_abc(text)
     if len(tune.notes.pitch):
-        soundfile.write(f"{path}.mp3", audio(text), AUDIO_RATE, bitrate_mode="VARIABLE", compression_level=0.8)
+        soundfile.write(f"{path}.mp3", audio(text), AUDIO_RATE, bitrate_mode="VARIABLE",
+                        compression_level=0.8)
         draw_roll(tune).savefig(f"{path}.png", dpi=110)
     if score:
         with contextlib.suppress(Exception):  # music21 refuses some tunes that others read
@@ -4516,7 +4527,7 @@ def read_prompt(prompt, cfg):
 
 
 def compose(cfg, count, prompt="", constrained=False):
-    """Writes tunes by the best model to SAVE_DIR/my_samples/: .abc, .mid, .mp3, .png; prints path and verdict."""
+    """Writes tunes by the best model to SAVE_DIR/my_samples/, see write_tune; prints paths and verdicts."""
     runs = read_json(Path(cfg.SAVE_DIR, "scaling_results.json"), {"runs": []})["runs"]
     need(runs, f"there is no trained model in {cfg.SAVE_DIR}; run the study first")
     best = min((row for row in runs if row["main"]), key=lambda row: row["val_loss"])
@@ -4537,68 +4548,80 @@ def compose(cfg, count, prompt="", constrained=False):
 # ============================================================================================================
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
 <title>Lakh MIDI Scaling Study</title><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --ink: #1d2733; --paper: #fff; --line: #8884; --soft: #8881; --accent: #0072b2 }
+:root { color-scheme: light dark; --ink: #1d2733; --paper: #fff; --line: #8884; --accent: #0072b2 }
 @media (prefers-color-scheme: dark) { :root { --ink: #d8dee6; --paper: #14181d; --accent: #56b4e9 }
   img { background: #fff; filter: brightness(.88) } }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 62rem; margin: 0 auto; padding: 1rem }
-h1 { line-height: 1.2 } h2 { margin-top: 2.8rem; border-bottom: 2px solid var(--accent) } h3 { margin: 1.6rem 0 .4rem }
-img { max-width: 100%; height: auto; border-radius: 4px } figure { margin: 1rem 0 } audio { width: 100%; height: 2.4rem }
-.scroll { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
-caption { text-align: left; font-weight: 600; padding: .4rem 0 } th { vertical-align: bottom }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right } td { white-space: nowrap }
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 62rem; margin: 0 auto; padding: 1rem }
+h1 { line-height: 1.2 } h2 { margin-top: 2.8rem; border-bottom: 2px solid var(--accent) }
+img { max-width: 100%; height: auto; border-radius: 4px } figure { margin: 1rem 0 }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: 1rem 0 }
+caption { text-align: left; font-weight: 600; padding: .4rem 0; white-space: nowrap }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right }
+td { white-space: nowrap }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
-td:first-child { max-width: 16rem; overflow: hidden; text-overflow: ellipsis }
-pre { background: var(--soft); padding: .7rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem; overflow-y: auto }
-.verdict { border-left: 4px solid var(--accent); padding-left: .8rem } .note { font-size: .88rem; opacity: .85 } summary { cursor: pointer }
+pre { background: #8881; padding: .7rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  max-height: 24rem; overflow-y: auto }
+.verdict { border-left: 4px solid var(--accent); padding-left: .8rem }
+.note { font-size: .88rem; opacity: .85 } .tune p { margin: .2rem 0 }
 .tunes { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1rem }
-.tune { border: 1px solid var(--line); border-radius: 6px; padding: .7rem; min-width: 0 } .tune p { margin: .2rem 0 }
-@media print { :root { --ink: #000; --paper: #fff } body { max-width: none; font-size: 10px; padding: 0 } audio, details { display: none }
-  .scroll { overflow: visible } td { white-space: normal } table { font-size: 8px } figure, tr, .tune { break-inside: avoid }
-  h2, caption { break-after: avoid } img { filter: none } }
+.tune { border: 1px solid var(--line); border-radius: 6px; padding: .7rem; min-width: 0 }
+audio { width: 100%; height: 2.4rem } summary { cursor: pointer }
+@media print { :root { --ink: #000; --paper: #fff } body { max-width: none; font-size: 10px; padding: 0 }
+  audio, details { display: none } .scroll { overflow: visible } td, caption { white-space: normal }
+  table { font-size: 8px } figure, tr, .tune { break-inside: avoid } img { filter: none }
+  h2, h3, caption { break-after: avoid } }
 </style></head><body>
 {%- macro table(caption, rows) %}{% if rows %}<div class="scroll"><table><caption>{{ caption }}</caption>
 <tr>{% for name in rows[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value | show }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endif %}{% endmacro %}
-{%- macro picture(name, alt) %}{% if images[name] %}<figure><img src="{{ images[name] }}" alt="{{ alt }}"></figure>
-{%- endif %}{% endmacro %}
-{%- macro gallery(tunes) %}<div class="tunes">{% for tune in tunes %}<div class="tune"><strong>{{ tune.title }}</strong>
+{%- macro picture(name, alt) %}{% if images[name] %}
+<figure><img src="{{ images[name] }}" alt="{{ alt }}"></figure>{% endif %}{% endmacro %}
+{%- macro gallery(tunes) %}<div class="tunes">{% for tune in tunes %}
+<div class="tune"><strong>{{ tune.name }}</strong>
 <p class="note">{{ tune.verdict }}</p>
-{% if tune.roll %}<img src="{{ tune.roll }}" alt="Piano roll of {{ tune.title }}">{% endif %}
-{% if tune.audio %}<audio controls preload="metadata" src="{{ tune.audio }}"></audio>{% endif %}
-{% if tune.score %}<details><summary>Score</summary><img src="{{ tune.score }}" alt="Score of {{ tune.title }}"></details>{% endif %}
+{% if tune.png %}<img src="{{ tune.png }}" alt="Piano roll of {{ tune.name }}">{% endif %}
+{% if tune.mp3 %}<audio controls preload="metadata" src="{{ tune.mp3 }}"></audio>{% endif %}
+{% if tune.svg %}<details><summary>Score</summary>
+<img src="{{ tune.svg }}" alt="Score of {{ tune.name }}"></details>{% endif %}
 <details><summary>ABC</summary><pre>{{ tune.abc }}</pre></details></div>{% endfor %}</div>{% endmacro %}
 <h1>How loss falls with size: Transformers and LSTMs on symbolic music</h1>
-<p>{{ tables.training | length }} models on {{ results.corpus }}, {{ tables.training[-1].tokens | show }} training characters each;
-{{ results.device }}, torch {{ results.torch }}.</p>
+<p>{{ tables.training | length }} models on {{ results.corpus }}, {{ tables.training[-1].tokens | show }}
+training characters each; {{ results.device }}, torch {{ results.torch }}.</p>
 <h2>In short</h2>
 <ul>{% for sentence in summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
 <h2>Listen</h2>
-<p>Tunes by {{ evaluation.best }}, the best model: the first {{ tunes.best | length }}, not selected. “prompted” goes on from the beginning of
-a tune that no model has seen; “constrained” was held to the notation by a grammar.</p>
-{{ gallery(tunes.best) }}
-<h3>The same, size by size</h3>
-<p>The first tune of every model and, for comparison, of the real ones.</p>
-{{ gallery(tunes.sizes) }}
+<p>Tunes by {{ evaluation.best }}, the best model: the first of each kind, not selected. “Prompted” ones go
+on from the beginning of a tune that no model has seen; “constrained” ones were held to the notation by a
+grammar.</p>
+{{ gallery(tunes.best_samples) }}
+<h3>Size by size</h3>
+<p>The first tune of every other model and, for comparison, the first of the real ones.</p>
+{{ gallery(tunes.samples) }}
 <h2>Data</h2>
 {{ table("What became of the files", tables.files) }}
 {{ table("The split, by " ~ tables.split_by, tables.splits) }}
 <p>{{ tables.duplicates }}</p>
 {{ picture("length_distribution.png", "Histogram of the lengths of tunes in characters") }}
 <h2>Training</h2>
-{{ table("All models at the full budget; losses in nats per character, over all held-out characters", tables.training) }}
+{{ table("All models at the full budget; nats per character, over all held-out ones", tables.training) }}
 {{ picture("training_curves.png", "Training loss against characters seen, one line per model") }}
 <h2>Laws</h2>
-{% for family, verdict in tables.verdicts.items() %}<p class="verdict"><strong>{{ family }}</strong>: {{ verdict }}</p>{% endfor %}
+{% for family, verdict in tables.verdicts.items() %}
+<p class="verdict"><strong>{{ family }}</strong>: {{ verdict }}</p>{% endfor %}
 {{ table("L(N) = a N^-alpha + c, with 95 % profile intervals", tables.laws) }}
 {{ table("The largest model, predicted from the smaller ones before it was trained", tables.predictions) }}
 {{ table("L(N, D) = E + A / N^alpha + B / D^beta, with 95 % bootstrap intervals", tables.surfaces) }}
 {{ table("The best use of so many hours on this machine, by L(N, D)", tables.frontier) }}
-{{ picture("combined_scaling.png", "Validation loss of both families against parameters and against compute") }}
+{{ picture("combined_scaling.png", "Validation loss of both families against parameters and compute") }}
 {{ picture("gpt_scaling.png", "Scaling law of the Transformers") }}
 {{ picture("lstm_scaling.png", "Scaling law of the LSTMs") }}
 <h2>Where the loss is</h2>
@@ -4607,153 +4630,170 @@ a tune that no model has seen; “constrained” was held to the notation by a g
 {{ table("Test loss by place in the window, bits per character", tables.positions) }}
 <h2>What emerges at which size</h2>
 {{ table("Strictly valid tunes [95 % interval]", tables.validity) }}
-<p class="note">Valid: the tune ended by itself, every bar adds up, every bracket, tie and tuplet is closed, it is not silent, and abc2midi and
-music21 both find the same notes. “valid or cut” also takes tunes that were whole until they were stopped after {{ evaluation.sample_chars | show }}
-characters. Real tunes go through the same checks: they are the ceiling. The longest run is the number of successive notes, in any key, that
-the tune at the middle shares with the training tunes; a copy shares more than {{ evaluation.real_run_95 | show }}, which 95 % of the real held-out tunes
-stay within.</p>
+<p class="note">Valid: the tune ended by itself, every bar adds up, every bracket, tie and tuplet is closed,
+it is not silent, and abc2midi and music21 both find the same notes. “Valid or cut” also takes tunes that
+were whole as far as they went when they were stopped after {{ evaluation.sample_chars | show }} characters.
+Real tunes go through the same checks: they are the ceiling. The longest run is the number of successive
+notes, in any key, that the tune at the middle shares with training tunes; a copy shares more than {{
+evaluation.real_run_95 | show }}, which 95 % of the real held-out tunes stay within, or its whole melody.</p>
 {{ table("How the tunes compare with real music: means [95 % bootstrap interval]", tables.metrics) }}
-<p class="note">Definitions of MusPy and MGEval: entropy of the pitch classes in bits, share of notes in the best scale, notes at once, likeness of the
-rhythms of neighbouring bars, notes per beat, share of bars in which no note begins, share of bars heard before in the tune.</p>
+<p class="note">Definitions of MusPy and MGEval: entropy of the pitch classes in bits, share of notes in the
+best scale, notes at once, likeness of the rhythms of neighbouring bars, notes per beat, share of bars in
+which no note begins, share of bars heard before in the tune.</p>
 {{ table("Held to the notation by a grammar", tables.constrained) }}
 <h2>To repeat this</h2>
-<p>Made by <code>python LakhMIDI.py</code>, study “{{ results.study }}”, seed {{ results.knobs.SEED }}; samples with temperature
-{{ knobs.TEMPERATURE }} and top-p {{ knobs.TOP_P }}. Every figure on this page is drawn from the JSON files beside it.</p>
+<p>Made by <code>python LakhMIDI.py</code>, study {{ results.study }}, seed {{ results.knobs.SEED }};
+samples with temperature {{ knobs.TEMPERATURE }} and top-p {{ knobs.TOP_P }}. Every figure here is drawn
+from the JSON files beside this page.</p>
 {{ table("Versions", tables.versions) }}
-<details><summary>All knobs of the training</summary><pre>{% for name, value in results.knobs.items() %}{{ name }} = {{ value }}
+<details><summary>All knobs of the training</summary><pre>{% for name, value in results.knobs.items() -%}
+{{ name }} = {{ value }}
 {% endfor %}</pre></details>
 </body></html>
 """
 
 
 def show(value):
-    """A table cell: thousands grouped, four digits, a dash for what is not known, "value [lo, hi]" for an estimate."""
+    """A table cell: thousands grouped, four digits, a dash for what is not known, "value [lo, hi]"."""
     if isinstance(value, dict):
-        return f"{show(value['value'])} [{end(value['lo'])}, {end(value['hi'])}]"
+        ends = ["open" if value[end] is None else show(float(f"{value[end]:.3g}")) for end in ("lo", "hi")]
+        return f"{show(value['value'])} [{', '.join(ends)}]" if value["value"] is not None else show(None)
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "\u2013"}[value]
-    if isinstance(value, int) or isinstance(value, float) and abs(value) >= 1_000:
+    if isinstance(value, int) or (isinstance(value, float) and abs(value) >= 1_000):
         return f"{value:,.0f}"
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
-def end(value):
-    return "open" if value is None else f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"
-
-
 def percent(estimate):
     """A share with its interval in per cent."""
-    return show({key: share and round(100 * share, 1) for key, share in estimate.items()})
+    return {key: share if share is None else round(100 * share, 1) for key, share in estimate.items()}
 
 
 def data_uri(path):
     """A file as an address that needs no network; None where there is no such file."""
     kinds = {".png": "image/png", ".mp3": "audio/mpeg", ".svg": "image/svg+xml"}
-    return path.exists() and f"data:{kinds[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}" or None
+    if not path.exists():
+        return None
+    return f"data:{kinds[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def page_data(stats, results, fits, evaluation):
-    """The tables of the page, each a list of {column: value}."""
+    """The tables of the page, each a list of {column: value}, and some sentences."""
     works, leak = stats["works"], stats["works"]["leak_of_split_by_file"]
-    kept = stats["round_trip_f1"] and (f" The text keeps {stats['round_trip_f1']['mean']:.4%} of the notes (F1, "
-                                       "onset within 1/8 beat).") or ""
+    f1 = stats["round_trip_f1"]  # None where the source is ABC
+    kept = f" The text keeps {f1['mean']:.4%} of the notes (F1, onset within 1/8 beat)." if f1 else ""
     return {
         "files": [{"outcome": "converted", "files": stats["converted"]},
-                  *({"outcome": f"rejected: {reason}", "files": n} for reason, n in stats["rejected"].items())],
-        "splits": [{"split": split, **row} for split, row in stats["splits"].items()], "split_by": stats["split_by"],
-        "duplicates": f"{stats['converted']:,} tunes are {works['groups']:,} works; {works['in_groups_of_several']:,} tunes "
-                      f"have a version among the others, {works['largest']} at most. Split by file, "
-                      f"{leak['leaked_chars']:.1%} of the held-out characters have a version of their tune in training"
-                      f"{'; here none has' if stats['split_by'] == 'work' else ', as here'}.{kept} The text takes "
-                      f"{stats['chars_per_note']:.2f} characters per note.",
-        **training_data(results, evaluation), **law_data(fits["families"]), **music_data(evaluation),
+                  *({"outcome": f"rejected: {why}", "files": n} for why, n in stats["rejected"].items())],
+        "splits": [{"split": split, **row} for split, row in stats["splits"].items()],
+        "split_by": stats["split_by"],
+        "duplicates": f"{stats['converted']:,} tunes are {works['groups']:,} works; "
+                      f"{works['in_groups_of_several']:,} tunes have a version among the others. Split by "
+                      f"file, {leak['leaked_chars']:.1%} of the held-out characters have a version of their "
+                      f"tune in training{'; here none has' if stats['split_by'] == 'work' else ', as here'}."
+                      f"{kept} The text takes {stats['chars_per_note']:.2f} characters per note.",
+        **training_data(results, evaluation["models"]), **law_data(fits["families"]),
+        **music_data(evaluation),
         "versions": [{"package": name, "version": importlib.metadata.version(name)}
                      for name in ("torch", "numpy", "scipy", "symusic", "music21")]}
 
 
-def training_data(results, evaluation):
-    tested = {row["run"]: row for row in evaluation["models"]}
-    kinds = list(dict.fromkeys(kind for row in evaluation["models"] for kind in row["by_kind"]))
+def training_data(results, tested):
+    """Tables of the training and of the test losses."""
+    loss, first = {row["run"]: row for row in tested}, tested[0]["by_kind"]
     return {
-        "training": [{"model": row["run"], "N": row["n_fit"], "all parameters": row["n_params"], "tokens": row["tokens"],
-                      "epochs": row["epochs"], "validation loss": row["val_loss"],
-                      "test loss [± 2 s.e.]": with_error(tested[row["run"]]), "PFLOPs": row["flops"] / 1e15,
-                      "char/s": row["tokens_per_s"], "seconds": row["wall_s"]} for row in results["runs"] if row["main"]],
+        "training": [{"model": row["run"], "N": row["n_fit"], "all parameters": row["n_params"],
+                      "tokens": row["tokens"], "epochs": row["epochs"], "validation loss": row["val_loss"],
+                      "test loss": loss[row["run"]]["test_loss"],
+                      "\u00b1 s.e.": loss[row["run"]]["test_loss_se"], "PFLOPs": row["flops"] / 1e15,
+                      "char/s": row["tokens_per_s"], "seconds": row["wall_s"]}
+                     for row in results["runs"] if row["main"]],
         "units": [{"model": row["run"], "nats/character": row["test_loss"], "bits/character": row["test_bpc"],
                    "perplexity": row["test_perplexity"], "bits/note": row["bits_per_note"],
-                   "bits/second of music": row["bits_per_second"]} for row in evaluation["models"]],
-        "kinds": [{"model": "share of characters", **{kind: f"{evaluation['models'][0]['by_kind'][kind]['share']:.1%}" for kind in kinds}},
-                  *({"model": row["run"], **{kind: row["by_kind"][kind]["bits"] for kind in kinds}} for row in evaluation["models"])],
-        "positions": [{"model": row["run"], **{f"{at['from']}\u2013{at['to'] - 1}": at["bits"] for at in row["by_position"]}}
-                      for row in evaluation["models"]]}
-
-
-def with_error(row):
-    margin = 2 * (row["test_loss_se"] or math.nan)
-    return {"value": row["test_loss"], "lo": row["test_loss"] - margin, "hi": row["test_loss"] + margin}
+                   "bits/second of music": row["bits_per_second"]} for row in tested],
+        "kinds": [{"model": "share of characters",
+                   **{name: f"{kind['share']:.1%}" for name, kind in first.items()}},
+                  *({"model": row["run"], **{name: kind["bits"] for name, kind in row["by_kind"].items()}}
+                    for row in tested)],
+        "positions": [{"model": row["run"], **{f"{at['from']}\u2013{at['to'] - 1}": at["bits"]
+                                               for at in row["by_position"]}} for row in tested]}
 
 
 def law_data(families):
-    laws = {family: law["power_law"] for family, law in families.items() if law["power_law"]["status"] != "refused"}
-    surfaces = {family: law["parametric"] for family, law in families.items() if law["parametric"]["status"] != "refused"}
-    stated = {family: law["prediction"] for family, law in families.items() if law.get("prediction")}
+    """Tables of the laws; a law that was refused has no row."""
+    def fitted(law):
+        return {family: found[law] for family, found in families.items() if found[law]["status"] != "refused"}
+    stated = [found["prediction"] for found in families.values() if found.get("prediction")]
     return {
-        "verdicts": {family.upper(): law["verdict"] for family, law in families.items()},
-        "laws": [{"family": family, "alpha": law["alpha"], "c (nats)": law["c"], "status": law["status"]} for family, law in laws.items()],
-        "predictions": [{"model": row["model"], "stated at": row["stated_at"], "predicted": dict(row, value=row["predicted"]),
-                         "reached": row["observed"], "error": f"{row['error']:+.2%}",
-                         "verdict": {True: "hit", False: "miss", None: "no interval"}[row["hit"]]} for row in stated.values()],
-        "surfaces": [{"family": family, **{name: law[name] for name in ("alpha", "beta", "E")}, "status": law["status"]}
-                     for family, law in surfaces.items()],
-        "frontier": [{"family": family, "hours": row["hours"], "N": dict(value=row["n"], lo=row["n_lo"], hi=row["n_hi"]),
-                      "characters D": dict(value=row["d"], lo=row["d_lo"], hi=row["d_hi"]),
-                      "loss": dict(value=row["loss"], lo=row["loss_lo"], hi=row["loss_hi"])}
-                     for family, law in families.items() for row in law.get("frontier", [])]}
+        "verdicts": {family.upper(): found["verdict"] for family, found in families.items()},
+        "laws": [{"family": family, "alpha": law["alpha"], "c (nats)": law["c"], "status": law["status"]}
+                 for family, law in fitted("power_law").items()],
+        "predictions": [{"model": row["model"], "stated at": row["stated_at"],
+                         "predicted": dict(row, value=row["predicted"]), "reached": row["observed"],
+                         "error": f"{row['error']:+.2%}",
+                         "verdict": {True: "hit", False: "miss", None: "no interval"}[row["hit"]]}
+                        for row in stated],
+        "surfaces": [{"family": family, **{name: law[name] for name in ("alpha", "beta", "E", "status")}}
+                     for family, law in fitted("parametric").items()],
+        "frontier": [{"family": family, "hours": row["hours"],
+                      **{name: {"value": row[key], "lo": row[f"{key}_lo"], "hi": row[f"{key}_hi"]}
+                         for name, key in (("N", "n"), ("characters D", "d"), ("loss", "loss"))}}
+                     for family, found in families.items() for row in found.get("frontier", [])]}
 
 
 def music_data(evaluation):
+    """Tables of the samples: what emerges at which size."""
     sizes = {row["run"]: row["n_fit"] for row in evaluation["models"]}
-    music = [{**row, "label": "real, held out" if row["run"] == "real" else f"{row['run']}, {row['kind']}"} for row in evaluation["music"]]
-    free = [row for row in music if row["kind"] != "constrained"]
-    names = list(dict.fromkeys(name for row in music for name in row["metrics"]))
-    unknown = {"value": None, "lo": None, "hi": None}
+    free = [row for row in evaluation["music"] if row["kind"] != "constrained"]
+    names = list(dict.fromkeys(name for row in free for name in row["metrics"]))
     return {
-        "validity": [{"tunes": row["label"], "N": sizes.get(row["run"]), "n": row["n"], "bars that add up": f"{row['bars_right']:.1%}", "ended": row["ended"], "valid, %": percent(row["valid"]),
-                      "valid or cut, %": percent(row["valid_or_cut"]), "longest run": row["longest_run"], "copies, %": percent(row["copied"]),
-                      "faults": ", ".join(f"{reason} {n}" for reason, n in list(row["reasons"].items())[:4]) or "none"} for row in free],
-        "metrics": [{"tunes": row["label"], **{name.replace("_", " "): row["metrics"].get(name, unknown) for name in names}}
+        "validity": [{"tunes": f"{row['run']}, {row['kind']}", "N": sizes.get(row["run"]), "n": row["n"],
+                      "bars that add up": f"{row['bars_right']:.1%}", "ended": row["ended"],
+                      "valid, %": percent(row["valid"]), "valid or cut, %": percent(row["valid_or_cut"]),
+                      "longest run": row["longest_run"], "copies, %": percent(row["copied"]),
+                      "faults": ", ".join(f"{why} {n}" for why, n in list(row["reasons"].items())[:4])}
+                     for row in free],
+        "metrics": [{"tunes": f"{row['run']}, {row['kind']}",
+                     **{name.replace("_", " "): row["metrics"].get(name, NO_ESTIMATE) for name in names}}
                     for row in free if row["kind"] != "prompted"],
-        "constrained": [{"model": row["run"], "n": row["n"], "characters that the grammar chose (median tune)": f"{row['forced_share']:.2%}",
-                         "ended": row["ended"], "valid, %": percent(row["valid"])} for row in music if row["kind"] == "constrained"]}
+        "constrained": [{"model": row["run"], "n": row["n"], "ended": row["ended"],
+                         "valid, %": percent(row["valid"]),
+                         "characters that the grammar chose, median tune": f"{row['forced_share']:.2%}"}
+                        for row in evaluation["music"] if row["kind"] == "constrained"]}
 
 
 def in_short(tables, evaluation):
     """The study in a few sentences."""
     best = next(row for row in evaluation["models"] if row["run"] == evaluation["best"])
-    music = {(row["run"], row["kind"]): row for row in evaluation["music"]}
-    said = [f"{kind} {percent(music[best['run'], kind]['valid'])} % of {music[best['run'], kind]['n']}"
-            for kind in ("unprompted", "prompted", "constrained") if (best["run"], kind) in music]
-    copied = music[best["run"], "unprompted"]["copied"]
-    return [f"The best model, {best['run']}, reaches {best['test_bpc']:.3f} bits per character on tunes it has not seen: "
-            f"{best['bits_per_note']:.2f} bits per note, {best['bits_per_second']:.1f} bits per second of music.",
-            *(f"{family}: {verdict}" for family, verdict in tables["verdicts"].items()),
-            *(f"{row['model']} was predicted to reach {row['predicted']['predicted']:.4f} nats and reached {row['reached']:.4f}: "
+    music = {row["kind"]: row for row in evaluation["music"] if row["run"] in ("real", best["run"])}
+    share = {kind: f"{row['valid']['value']:.0%}" for kind, row in music.items()}
+    copied = {kind: f"{music[kind]['copied']['value']:.0%}" for kind in ("unprompted", "real")}
+    return [f"The best model, {best['run']}, needs {best['test_bpc']:.3f} bits per character on tunes that "
+            f"it has not seen: {best['bits_per_note']:.2f} per note, {best['bits_per_second']:.1f} per "
+            "second of music.",
+            *(f"{row['model']} was predicted, before it was trained, to reach "
+              f"{row['predicted']['value']:.4f} nats per character; it reached {row['reached']:.4f}: "
               f"{row['verdict']}." for row in tables["predictions"]),
-            f"Strictly valid among its tunes: {', '.join(said)}; of real held-out tunes {percent(music['real', 'real']['valid'])} %.",
-            f"{percent(copied)} % of its unprompted tunes share a longer run of notes with a training tune than 95 % of real tunes do; "
-            f"of real tunes it is {percent(music['real', 'real']['copied'])} % by definition of the limit.", tables["duplicates"]]
+            *(f"{family}: {verdict}" for family, verdict in tables["verdicts"].items()),
+            f"Of its tunes {share['unprompted']} are strictly valid music when it begins from nothing, "
+            f"{share['prompted']} when it goes on from a real tune, {share['constrained']} when a grammar "
+            f"holds it to the notation; of real tunes {share['real']}. "
+            f"{music['unprompted']['bars_right']:.0%} of its bars add up.",
+            f"{copied['unprompted']} of its tunes share their whole melody with a training tune, or more "
+            f"notes on end than 95 % of real tunes do; of the real tunes themselves {copied['real']} do.",
+            tables["duplicates"]]
 
 
 def shown_tunes(folder):
-    """What the page shows of the tunes in a folder that write_samples filled."""
+    """What the page shows of the tunes in one of SAMPLE_FOLDERS."""
     tunes = []
     for tune in read_json(folder / "metadata.json", []):
-        files = {kind: folder / f"{tune['name']}.{kind}" for kind in ("abc", "mp3", "png", "svg")}
-        faults = ", ".join(tune["check"]["reasons"])
-        tunes.append({"title": tune["name"], "abc": files["abc"].read_text("utf-8"), "roll": data_uri(files["png"]),
-                      "audio": data_uri(files["mp3"]), "score": data_uri(files["svg"]),
-                      "verdict": f"{f'not valid: {faults}' if faults else 'valid'}; {tune['check']['bars']} bars, "
-                                 f"longest run shared with training {tune['longest_run']} notes"})
+        path, faults = folder / tune["name"], ", ".join(tune["check"]["reasons"])
+        tunes.append({"name": tune["name"], "abc": Path(f"{path}.abc").read_text("utf-8"),
+                      **{kind: data_uri(Path(f"{path}.{kind}")) for kind in ("mp3", "png", "svg")},
+                      "verdict": (f"not valid: {faults}" if faults else "valid")
+                      + f"; {tune['check']['bars']} bars, {tune['longest_run']} notes on end as in training"})
     return tunes
 
 
@@ -4761,15 +4801,16 @@ def shown_tunes(folder):
 def report(cfg):
     """One self-contained page: every table and picture of it comes from the files of this run."""
     save = Path(cfg.SAVE_DIR)
-    stats = read_json(cfg.tokens_root / "stats.json")
-    results, fits, evaluation = (read_json(save / f"{name}.json") for name in ("scaling_results", "fits", "evaluation"))
+    stats, names = read_json(cfg.tokens_root / "stats.json"), ("scaling_results", "fits", "evaluation")
+    results, fits, evaluation = (read_json(save / f"{name}.json") for name in names)
     tables = page_data(stats, results, fits, evaluation)
     pictures = [cfg.tokens_root / "length_distribution.png", *save.glob("*.png")]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["show"] = show
     write_text(save / "report.html", environment.from_string(PAGE).render(
-        results=results, evaluation=evaluation, tables=tables, summary=in_short(tables, evaluation), knobs=cfg,
-        tunes={"best": shown_tunes(save / "best_samples"), "sizes": shown_tunes(save / "samples")},
+        results=results, evaluation=evaluation, tables=tables, knobs=cfg,
+        summary=in_short(tables, evaluation),
+        tunes={folder: shown_tunes(save / folder) for folder in SAMPLE_FOLDERS},
         images={path.name: data_uri(path) for path in pictures}))
     return [save / "report.html"]
 

@@ -1,4 +1,5 @@
-"""Sampling, judging and measuring music: what is sampled is what the model says, what is judged valid is music."""
+"""Sampling, judging, measuring: what is sampled is what the model says, what is judged valid is music."""
+
 import math
 from pathlib import Path
 
@@ -17,9 +18,10 @@ CHARS = sorted(set("\n #%&'(),-/0123456789:=ABCDEFGIDKLMQVXZ[]^_abcdefghijklmnop
 VOCAB = study.Vocab(("<start>", "<end>", "<unknown>", *CHARS))
 
 
-def random_model(name, seq_len=32, chars=len(VOCAB.chars)):
+def random_model(name, seq_len=32):
     torch.manual_seed(0)
-    model = study.build_model(name, chars, Cfg(STUDY="smoke", DEVICE="cpu", SEQ_LEN=seq_len)).eval()
+    cfg = Cfg(STUDY="smoke", DEVICE="cpu", SEQ_LEN=seq_len)
+    model = study.build_model(name, len(VOCAB.chars), cfg).eval()
     for weight in model.parameters():
         if weight.dim() == 2:
             torch.nn.init.normal_(weight, std=0.5)
@@ -38,13 +40,16 @@ def slow_greedy(model, prompt, n, seq_len):
                 break
             ids, context = [*ids, best], [*context, best]
             if len(context) > seq_len:
-                header = min(VOCAB.decode(ids).find("\n[") + 2, half * 3 // 4) if "\n[" in VOCAB.decode(ids) else 0
-                context = ids[:header] + ids[len(ids) - half + header:]
+                header = (
+                    min(VOCAB.decode(ids).find("\n[") + 2, half * 3 // 4) if "\n[" in VOCAB.decode(ids) else 0
+                )
+                context = ids[:header] + ids[len(ids) - half + header :]
     return VOCAB.decode(ids)
 
 
 class Noise(torch.nn.Module):
     """A model that knows nothing, with a liking for what makes notation hard."""
+
     seq_len = 10**6
 
     def __init__(self, seed):
@@ -64,6 +69,7 @@ class Noise(torch.nn.Module):
 
 
 # --- sampling
+
 
 @pytest.mark.parametrize("name", ["gpt_16w", "lstm_20w"])
 def test_cached_sampling_is_uncached_sampling_also_beyond_the_window(name):
@@ -102,8 +108,11 @@ def test_a_tune_stops_at_its_end_and_a_prompt_of_unknown_characters_is_refused()
             logits = torch.zeros(*tokens.shape, len(VOCAB.chars))
             logits[..., END if state == 3 else VOCAB.encode("a")[0]] = 9
             return logits, state + 1
+
     assert sample(Ending(0), VOCAB, ["b"], temperature=0) == [{"text": "baaa", "ended": True, "forced": 0}]
-    assert sample(Ending(0), VOCAB, ["b"], temperature=0, max_chars=2) == [{"text": "baa", "ended": False, "forced": 0}]
+    assert sample(Ending(0), VOCAB, ["b"], temperature=0, max_chars=2) == [
+        {"text": "baa", "ended": False, "forced": 0}
+    ]
     with pytest.raises(UserError, match="'é'"):
         sample(Ending(0), VOCAB, ["X:1é"])
 
@@ -117,33 +126,51 @@ def test_a_grammar_makes_whole_tunes_even_of_noise():
 def test_a_grammar_follows_what_the_converter_writes_and_nothing_else():
     for seed in range(5):
         study.Grammar(VOCAB, study.midi_to_abc(make_midi(seed), Cfg()), 0)
-    for wrong in ("X:2", HEADER + "[V:1]CDEFGABc2", HEADER + "[V:1]CDEF|", HEADER + BARS[0] + "[V:2]", "T:name\n",
-                  HEADER + "[V:1]C6D2-|\n[V:1]E8|", HEADER + "[V:1](3CDE2"):
+    for wrong in (
+        "X:2",
+        HEADER + "[V:1]CDEFGABc2",
+        HEADER + "[V:1]CDEF|",
+        HEADER + BARS[0] + "[V:2]",
+        "T:name\n",
+        HEADER + "[V:1]C6D2-|\n[V:1]E8|",
+        HEADER + "[V:1](3CDE2",
+    ):
         with pytest.raises(UserError, match="constrained"):
             study.Grammar(VOCAB, wrong, 0)
 
 
 # --- judging
 
+
 def test_a_real_tune_is_valid():
-    assert check_abc(TUNE) == {"valid": True, "reasons": [], "notes": 19, "pitches": 8, "bars": 4, "bad_bars": 0}
+    assert check_abc(TUNE) == {
+        "valid": True,
+        "reasons": [],
+        "notes": 19,
+        "pitches": 8,
+        "bars": 4,
+        "bad_bars": 0,
+    }
     assert check_abc(study.midi_to_abc(make_midi(3), Cfg()))["valid"]
 
 
-@pytest.mark.parametrize(("reason", "text"), [
-    ("silent", HEADER + "[V:1]z8|\n" * 4),
-    ("silent", HEADER + "[V:1]CCCCCCCC|\n" * 2),
-    ("mostly_rests", HEADER + BARS[0] + "[V:1]Z9|\n"),
-    ("mostly_rests", HEADER + BARS[0] + "[V:1]z8|\n" * 9),
-    ("bar_length", TUNE.replace("c2B2", "c2B")),
-    ("bar_length", TUNE.replace("M:4/4", "M:3/4")),
-    ("open_tie", TUNE.replace("c8|", "c8-|")),
-    ("open_tie", TUNE.replace("A2G2|", "A2G2-|")),
-    ("open_bracket", TUNE.replace("c8|", "[ce8|")),
-    ("open_tuplet", TUNE.replace("c8|", "c6(3c|")),
-    ("bad_char", TUNE.replace("c8|", "c8?|")),
-    ("no_header", "".join(BARS)),
-])
+@pytest.mark.parametrize(
+    ("reason", "text"),
+    [
+        ("silent", HEADER + "[V:1]z8|\n" * 4),
+        ("silent", HEADER + "[V:1]CCCCCCCC|\n" * 2),
+        ("mostly_rests", HEADER + BARS[0] + "[V:1]Z9|\n"),
+        ("mostly_rests", HEADER + BARS[0] + "[V:1]z8|\n" * 9),
+        ("bar_length", TUNE.replace("c2B2", "c2B")),
+        ("bar_length", TUNE.replace("M:4/4", "M:3/4")),
+        ("open_tie", TUNE.replace("c8|", "c8-|")),
+        ("open_tie", TUNE.replace("A2G2|", "A2G2-|")),
+        ("open_bracket", TUNE.replace("c8|", "[ce8|")),
+        ("open_tuplet", TUNE.replace("c8|", "c6(3c|")),
+        ("bad_char", TUNE.replace("c8|", "c8?|")),
+        ("no_header", "".join(BARS)),
+    ],
+)
 def test_what_is_wrong_fails_for_the_right_reason(reason, text):
     check = check_abc(text)
     assert not check["valid"] and reason in check["reasons"]
@@ -152,7 +179,10 @@ def test_what_is_wrong_fails_for_the_right_reason(reason, text):
 def test_a_cut_tune_is_judged_up_to_its_last_bar_and_counted_as_cut():
     assert check_abc(TUNE + "[V:1]CDE", ended=False)["reasons"] == ["cut"]
     assert check_abc(TUNE.replace("c8|", "c8-|") + "[V:1]c", ended=False)["reasons"] == ["cut"]
-    assert check_abc(TUNE.replace("A2G2|", "A2G2-|") + "[V:1]c", ended=False)["reasons"] == ["open_tie", "cut"]
+    assert check_abc(TUNE.replace("A2G2|", "A2G2-|") + "[V:1]c", ended=False)["reasons"] == [
+        "open_tie",
+        "cut",
+    ]
     assert "silent" in check_abc(HEADER + "[V:1]CD", ended=False)["reasons"]
 
 
@@ -175,6 +205,7 @@ def test_wilson_interval_has_its_textbook_values():
 
 # --- measuring
 
+
 def test_metrics_of_a_tune_that_can_be_counted_by_hand():
     text = HEADER + "[V:1]CCGGAAGG|\n" * 2 + "[V:1][CE]4z4|\n[V:1]z8|\n"
     found = study.music_metrics(study.read_abc(text))
@@ -191,6 +222,7 @@ def test_a_copied_tune_is_caught_in_another_key_and_speed():
     def tune_of(seed, **change):
         notes, voices = study.score_notes(study.read_score(make_midi(seed, **change)))
         return notes, np.array([drum for _, drum in voices])
+
     corpus = np.concatenate([study.melody(*tune_of(seed)) for seed in range(40)])
     others = study.longest_runs([study.melody(*tune_of(seed)) for seed in range(40, 60)], corpus)
     notes, drums = tune_of(7, transpose=5)
@@ -204,11 +236,24 @@ def test_a_copied_tune_is_caught_in_another_key_and_speed():
 
 def test_longest_runs_are_those_of_an_exhaustive_search():
     rng = np.random.default_rng(0)
-    corpus, tunes = rng.integers(0, 4, 3000).astype(np.uint8), [rng.integers(0, 4, n).astype(np.uint8) for n in (0, 1, 9, 80)]
+    corpus, tunes = (
+        rng.integers(0, 4, 3000).astype(np.uint8),
+        [rng.integers(0, 4, n).astype(np.uint8) for n in (0, 1, 9, 80)],
+    )
     tunes.append(corpus[100:180].copy())
     text = corpus.tobytes()
-    expected = [max((j - i for i in range(len(t)) for j in range(i, len(t) + 1)
-                     if 0 not in t[i:j] and t[i:j].tobytes() in text), default=0) for t in tunes]
+    expected = [
+        max(
+            (
+                j - i
+                for i in range(len(t))
+                for j in range(i, len(t) + 1)
+                if 0 not in t[i:j] and t[i:j].tobytes() in text
+            ),
+            default=0,
+        )
+        for t in tunes
+    ]
     assert (study.longest_runs(tunes, corpus) - 1).tolist() == expected
 
 
@@ -216,17 +261,34 @@ def test_every_character_has_its_kind():
     text = HEADER + "[V:1](3^CDE2z/4[ce]&G,2-|\n"
     ids = np.concatenate([[START], VOCAB.encode(text), [END]])
     kinds = [study.KINDS[kind] for kind in study.char_kinds(ids, VOCAB)]
-    assert kinds[:len(HEADER) + 1] == ["header"] * (len(HEADER) + 1)
-    assert kinds[len(HEADER) + 1:] == [
-        *["voice_tag"] * 5, *["other"] * 2, "accidental", *["pitch"] * 3, "length", "rest", *["length"] * 2, "other",
-        *["pitch"] * 2, *["other"] * 2, *["pitch"] * 2, "length", "other", *["bar"] * 2, "end"]
+    assert kinds[: len(HEADER) + 1] == ["header"] * (len(HEADER) + 1)
+    assert kinds[len(HEADER) + 1 :] == [
+        *["voice_tag"] * 5,
+        *["other"] * 2,
+        "accidental",
+        *["pitch"] * 3,
+        "length",
+        "rest",
+        *["length"] * 2,
+        "other",
+        *["pitch"] * 2,
+        *["other"] * 2,
+        *["pitch"] * 2,
+        "length",
+        "other",
+        *["bar"] * 2,
+        "end",
+    ]
 
 
 def test_the_evaluation_of_a_study_balances(smoke):
     save = Path(smoke.SAVE_DIR)
     evaluation, tunes = study.read_json(save / "evaluation.json"), study.read_jsonl(save / "samples.jsonl")
     assert sum(row["n"] for row in evaluation["music"]) == len(tunes)
-    assert {row["run"] for row in evaluation["music"]} == {"real", *(row["run"] for row in evaluation["models"])}
+    assert {row["run"] for row in evaluation["music"]} == {
+        "real",
+        *(row["run"] for row in evaluation["models"]),
+    }
     for row in evaluation["models"]:
         mean = sum(kind["share"] * kind["bits"] for kind in row["by_kind"].values())
         assert mean == pytest.approx(row["test_bpc"], rel=1e-4)
@@ -236,10 +298,13 @@ def test_the_evaluation_of_a_study_balances(smoke):
     for tune in study.read_json(save / "best_samples" / "metadata.json"):
         files = [save / "best_samples" / f"{tune['name']}.{kind}" for kind in ("abc", "mid")]
         assert all(path.exists() for path in files)
-        assert len(study.score_notes(study.read_score(files[1]))[0].pitch) == len(study.read_abc(files[0].read_text()).notes.pitch)
+        assert len(study.score_notes(study.read_score(files[1]))[0].pitch) == len(
+            study.read_abc(files[0].read_text()).notes.pitch
+        )
 
 
 # --- on demand
+
 
 def test_a_prompt_may_be_text_an_abc_or_a_midi_file(tmp_path):
     (tmp_path / "mine.mid").write_bytes(make_midi(1))

@@ -1,4 +1,5 @@
-"""The report page: nothing of it comes from elsewhere, hostile text stays text, a browser shows and plays all of it."""
+"""The report page: nothing comes from elsewhere, hostile text stays text, a browser shows and plays it."""
+
 import copy
 import shutil
 from html.parser import HTMLParser
@@ -42,7 +43,9 @@ def render(cfg):
 def spoil(cfg):
     """Puts hostile text wherever names and texts of other people come in."""
     save = Path(cfg.SAVE_DIR)
-    results, evaluation = (study.read_json(save / f"{name}.json") for name in ("scaling_results", "evaluation"))
+    results, evaluation = (
+        study.read_json(save / f"{name}.json") for name in ("scaling_results", "evaluation")
+    )
     results["corpus"] = evaluation["music"][0]["reasons"][HOSTILE] = HOSTILE
     evaluation["music"][0]["reasons"] = {HOSTILE: 1}
     study.write_json(save / "scaling_results.json", results)
@@ -56,7 +59,16 @@ def test_the_page_holds_every_model_table_and_tune(smoke):
     evaluation = study.read_json(Path(smoke.SAVE_DIR, "evaluation.json"))
     for row in evaluation["models"]:
         assert row["run"] in page.text and f"{row['bits_per_note']:.4g}" in page.text
-    for heading in ("In short", "Listen", "Data", "Training", "Laws", "Where the loss is", "What emerges at which size", "To repeat this"):
+    for heading in (
+        "In short",
+        "Listen",
+        "Data",
+        "Training",
+        "Laws",
+        "Where the loss is",
+        "What emerges at which size",
+        "To repeat this",
+    ):
         assert heading in page.text
     for tune in study.read_json(Path(smoke.SAVE_DIR, "best_samples", "metadata.json")):
         assert tune["name"] in page.text
@@ -66,7 +78,9 @@ def test_the_page_holds_every_model_table_and_tune(smoke):
 def test_the_page_asks_for_nothing_from_elsewhere(smoke):
     page = Page(Path(smoke.SAVE_DIR, "report.html").read_text("utf-8"))
     assert "script" not in page.tags and {"img", "audio", "table", "figure"} <= page.tags
-    addresses = [value for name, value in page.attributes if name in ("src", "href", "srcset", "poster", "data")]
+    addresses = [
+        value for name, value in page.attributes if name in ("src", "href", "srcset", "poster", "data")
+    ]
     assert len(addresses) > 10 and all(address.startswith("data:") for address in addresses)
 
 
@@ -108,9 +122,13 @@ def test_a_browser_shows_and_plays_the_page(copied):
         page.goto(address)
         page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
         page.wait_for_function("[...document.querySelectorAll('audio')].every(audio => audio.duration > 1)")
-        page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        page.wait_for_function(
+            "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
+        )
         assert page.locator("audio").count() > 3 and page.locator("img").count() > 6
-        assert page.evaluate("document.documentElement.scrollWidth") == 390  # a phone need not scroll sideways
+        assert (
+            page.evaluate("document.documentElement.scrollWidth") == 390
+        )  # a phone need not scroll sideways
         assert page.title() == "Lakh MIDI Scaling Study"
         browser.close()
     assert complaints == []
