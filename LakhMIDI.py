@@ -1,26 +1,28 @@
 """Lakh MIDI Scaling Study: how the loss of Transformers and LSTMs on symbolic music falls with their size.
 
-MIDI files go in at the top; ABC notation, characters, two families of models, power laws with honest intervals and
-new music come out at the bottom. The file reads in the order in which the study runs.
+MIDI files go in at the top; ABC notation, characters, two families of models, power laws with honest
+intervals and new music come out at the bottom. The file reads in the order in which the study runs.
 
-    python LakhMIDI.py                                    the whole study on bundled folk tunes, or on what Cfg names
-    python LakhMIDI.py --LMD_ZIP_PATH lmd_full.tar.gz     the same on the Lakh MIDI Dataset
-    python LakhMIDI.py --status                           what is done, what is stale
-    python LakhMIDI.py --from train --STUDY cpu           part of it, with another knob (--help lists all)
-    python LakhMIDI.py --plan 2h                          the best N and D for two hours, from the laws fitted
-    python LakhMIDI.py --sample 8 --prompt mine.mid       new music by the best model; the prompt may be ABC text, too
+    python LakhMIDI.py                                   the whole study on bundled folk tunes
+    python LakhMIDI.py --LMD_ZIP_PATH lmd_full.tar.gz    the same on the Lakh MIDI Dataset
+    python LakhMIDI.py --status                          what is done, what is stale
+    python LakhMIDI.py --from train --STUDY cpu          a part of it, with another knob (--help lists all)
+    python LakhMIDI.py --plan 2h                         the best N and D for two hours, by the fitted laws
+    python LakhMIDI.py --sample 8 --prompt mine.mid      new music by the best model
 
   stage      reads                     writes
   extract    ZIP, tar, folder, corpus  data_lakh/midi/, midi_index.json
   convert    midi_index.json           data_lakh/abc/, report.jsonl
   tokenize   report.jsonl, abc/        data_lakh/tokens/: train.bin val.bin test.bin vocab.json stats.json
-  train      tokens/                   runs_lakh/: gpt_*.pt lstm_*.pt scaling_results.json training_curves.json
+  train      tokens/                   runs_lakh/: gpt_*.pt lstm_*.pt scaling_results.json
+                                       training_curves.json
   fit        scaling_results.json      runs_lakh/: fits.json *_scaling.png
   evaluate   checkpoints, tokens/      runs_lakh/: evaluation.json best_samples/ samples/ samples.jsonl
   report     every JSON above          runs_lakh/report.html
 
-A stage is a function of files: it is skipped while its knobs and inputs are what they were, and goes on where it was
-stopped. Left out on purpose: lyrics, pitch bends and controllers (ABC has no place for them), velocities.
+A stage is a function of files: it is skipped while its knobs and inputs are what they were, and goes on
+where it was stopped. Left out on purpose: velocities, lyrics, pitch bends and controllers, for which ABC has
+no place.
 """
 from __future__ import annotations
 
@@ -67,8 +69,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-# Threads that wait by spinning starve each other on a machine that is shared: 7 times slower when measured on two busy
-# cores. The setting counts only before torch is loaded.
+# Threads that wait by spinning starve each other on a machine that is shared: 7 times slower when measured
+# on two busy cores. The setting counts only before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import jinja2
@@ -119,8 +121,9 @@ class Study(NamedTuple):
     ladder: tuple
 
 
-# Attention heads are about 32 wide, 64 in the large models: 16 wide cost 1 to 4 % of the loss, and a third more time.
-# The LSTM of each row is matched to the GPT of the same name in non-embedding parameters: 12 L d^2 against 8 L h^2.
+# Attention heads are about 32 wide, 64 in the large models: 16 wide cost 1 to 4 % of the loss, and a third
+# more time. The LSTM of each row is matched to the GPT of the same name in non-embedding parameters: 12 L d^2
+# against 8 L h^2.
 STUDIES = {
     "smoke": Study(16_384, 1_024, 64, tuple(
         [Size("gpt", f"{d}w", 1, d, d // 8) for d in (8, 16, 24, 32)]
@@ -139,7 +142,7 @@ STUDIES = {
 
 
 class KnobType(type):
-    """Makes `Cfg.SEQLEN = 256` fail where it is written; `Cfg.SEQ_LEN = 256` changes what later Cfg() are made of."""
+    """Makes `Cfg.SEQLEN = 256` fail where it is written; `Cfg.SEQ_LEN = 256` changes later Cfg()."""
     def __setattr__(cls, name, value):
         super().__setattr__(name, checked_knob(cls, name, value))
 
@@ -147,7 +150,8 @@ class KnobType(type):
 class Cfg(metaclass=KnobType):
     """All knobs of the study. Edit them here, or `Cfg(SEQ_LEN=256)`, `Cfg.SEQ_LEN = 256`, `--SEQ_LEN 256`.
 
-    A misspelt name or a value of another type raises UserError at once. Lower-case properties are derived from the knobs.
+    A misspelt name or a value of another type raises UserError at once. Lower-case properties are derived
+    from the knobs.
     """
     # --- data: set one of these; none of them: the folk tunes bundled with music21
     LMD_DOWNLOAD = ""  # full | matched | clean: fetch that part of the Lakh MIDI Dataset (1.8, 1.4, 0.2 GB)
@@ -168,11 +172,11 @@ class Cfg(metaclass=KnobType):
     MIN_NOTES = 8  # a shorter tune is rejected
     VAL_FRAC = 0.0  # share of the characters for validation; 0 = 1 %, more on a small corpus (EVAL_TOKENS)
     TEST_FRAC = 0.0  # share for the final test; 0 = as VAL_FRAC
-    SPLIT_BY = "work"  # what stays on one side: work (all versions of it) | file (leaks, as published splits do)
-    EVAL_TOKENS = 2_000_000  # a loss is taken over this many held-out characters at most, always the same ones
+    SPLIT_BY = "work"  # what stays on one side: work (all its versions) | file (leaks, as others do)
+    EVAL_TOKENS = 2_000_000  # at most so many held-out characters, always the same, are behind a loss
     # --- study
     STUDY = "auto"  # smoke | cpu | full; auto = full on CUDA, else cpu
-    MODELS = ()  # names such as ("gpt_1M", "lstm_1M"), or rows ("gpt", "2M", 6, 160, 5); () = the study's ladder
+    MODELS = ()  # names ("gpt_1M", "lstm_1M") or rows ("gpt", "2M", 6, 160, 5); () = the study's ladder
     TRAIN_TOKENS_TARGET = 0  # training characters per model; 0 = the study's
     BATCH_TOKENS = 0  # characters per optimiser step; 0 = the study's
     SEQ_LEN = 0  # characters per window; 0 = the study's
@@ -190,12 +194,12 @@ class Cfg(metaclass=KnobType):
     # --- machine
     DEVICE = "auto"  # cpu | cuda | auto; several GPUs: torchrun --nproc_per_node=4 LakhMIDI.py
     COMPILE = True  # torch.compile on CUDA
-    MICRO_TOKENS = 0  # characters per forward pass; 0 = by the size of the model. Steps do not change, memory does
+    MICRO_TOKENS = 0  # characters per forward pass, for memory; steps stay the same. 0 = by the model
     SAVE_EVERY_S = 60.0  # seconds between checkpoints of a model in training
     # --- evaluation
     SAMPLES = 0  # tunes of the best model that are judged, of each kind; 0 = 24 on a CPU, 500 on CUDA
     SHOWN = 4  # tunes of each kind in best_samples/, with sound and picture
-    SAMPLE_CHARS = 0  # a tune that has not ended by then is cut at a bar line, and counted; 0 = 1,200, 4,000 on CUDA
+    SAMPLE_CHARS = 0  # where a tune that goes on is cut at a bar line; 0 = 1,200, 4,000 on CUDA
     TEMPERATURE = 0.9  # of sampling
     BOOTSTRAP = 1_000  # draws behind the intervals of L(N, D)
     TOP_P = 0.98  # sample from the likeliest characters that hold this share of the probability
@@ -213,9 +217,9 @@ class Cfg(metaclass=KnobType):
     def smoke(cls, root, **knobs):
         """A study of seconds, all files below `root`."""
         root = Path(root)
-        return cls(**{"DATA_ROOT": root / "data_lakh", "SAVE_DIR": root / "runs_lakh", "STUDY": "smoke", "WORKERS": 1,
-                      "MAX_MIDI_FILES": 80, "EVAL_TOKENS": 4_000, "SAMPLES": 4, "SHOWN": 2, "SAMPLE_CHARS": 200,
-                      "BOOTSTRAP": 50, **knobs})
+        small = {"STUDY": "smoke", "WORKERS": 1, "MAX_MIDI_FILES": 80, "EVAL_TOKENS": 4_000, "SAMPLES": 4,
+                 "SHOWN": 2, "SAMPLE_CHARS": 200, "BOOTSTRAP": 50}
+        return cls(**{"DATA_ROOT": root / "data_lakh", "SAVE_DIR": root / "runs_lakh", **small, **knobs})
 
     # --- derived values
     @property
@@ -254,7 +258,7 @@ class Cfg(metaclass=KnobType):
     def ladder(self):
         """The models to train, small to large within each family: a tuple of Size."""
         known = {size.name: size for study in reversed(STUDIES.values()) for size in study.ladder}
-        known |= {size.name: size for size in STUDIES[self.study].ladder}  # one name may differ between studies
+        known |= {size.name: size for size in STUDIES[self.study].ladder}  # a name may stand in two studies
         chosen = self.MODELS or STUDIES[self.study].ladder
         unknown = [m for m in chosen if isinstance(m, str) and m not in known]
         need(not unknown, f"MODELS names {unknown}; known are {', '.join(known)}")
@@ -306,29 +310,34 @@ class Cfg(metaclass=KnobType):
 
     @property
     def workers(self):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # Linux knows more
-        return self.WORKERS or cores
+        linux = hasattr(os, "sched_getaffinity")  # which knows the cores that this process may use
+        return self.WORKERS or (len(os.sched_getaffinity(0)) if linux else os.cpu_count())
 
     def check(self):
         """Raises UserError for knobs that are each of the right type and make no sense together."""
         need(self.STUDY in ("auto", *STUDIES), f"STUDY is {self.STUDY!r}; choose auto, {', '.join(STUDIES)}")
         need(self.DEVICE in ("auto", "cpu", "cuda"), f"DEVICE is {self.DEVICE!r}; choose auto, cpu or cuda")
-        need(self.DEVICE != "cuda" or torch.cuda.is_available(), "DEVICE is cuda, but torch sees no CUDA GPU; use cpu")
+        need(self.DEVICE != "cuda" or torch.cuda.is_available(),
+             "DEVICE is cuda, but torch sees no CUDA GPU; use cpu")
         need(self.SPLIT_BY in ("work", "file"), f"SPLIT_BY is {self.SPLIT_BY!r}; choose work or file")
-        need(self.VAL_FRAC + self.TEST_FRAC <= 0.5, "VAL_FRAC + TEST_FRAC must leave at least half of the data to train")
-        need(self.batch_tokens % self.seq_len == 0, f"BATCH_TOKENS ({self.batch_tokens}) must be a multiple of "
-                                                    f"SEQ_LEN ({self.seq_len})")
+        need(self.VAL_FRAC + self.TEST_FRAC <= 0.5,
+             "VAL_FRAC + TEST_FRAC must leave at least half of the data to train")
+        need(self.batch_tokens % self.seq_len == 0,
+             f"BATCH_TOKENS ({self.batch_tokens}) must be a multiple of SEQ_LEN ({self.seq_len})")
         need(self.SEEDS >= 1, "SEEDS must be at least 1")
         need(self.BUDGETS and all(isinstance(b, (int, float)) and 0 < b <= 1 for b in self.BUDGETS)
-             and max(self.BUDGETS) == 1, "BUDGETS are shares of the training tokens in (0, 1], the largest of them 1")
+             and max(self.BUDGETS) == 1,
+             "BUDGETS are shares of the training tokens in (0, 1], the largest of them 1")
         need(len(self.BETAS) == 2 and all(0 <= b < 1 for b in self.BETAS), "BETAS are two numbers in [0, 1)")
         need(0 < self.DECAY_FRAC <= 1 and self.WARMUP_FRAC + self.DECAY_FRAC <= 1,
              "DECAY_FRAC must be above 0, and WARMUP_FRAC + DECAY_FRAC at most 1")
-        need(len({size.name for size in self.ladder}) == len(self.ladder), "MODELS holds the same model twice")
+        names = Counter(size.name for size in self.ladder)
+        need(max(names.values()) == 1, "MODELS holds the same model twice")
         for size in self.ladder:
-            need(size.family in ("gpt", "lstm") and min(size.layers, size.width, size.heads) > 0
-                 and size.width % size.heads == 0 and (size.family == "lstm" or size.width // size.heads % 2 == 0),
-                 f"{size}: a GPT needs a width that is an even multiple of its heads; families are gpt and lstm")
+            whole = min(size.layers, size.width, size.heads) > 0 and size.width % size.heads == 0
+            need(size.family in ("gpt", "lstm") and whole and
+                 (size.family == "lstm" or size.width // size.heads % 2 == 0),
+                 f"{size}: a GPT needs a width that is an even multiple of its heads; families: gpt, lstm")
 
 
 def need(condition, sentence):
@@ -342,10 +351,11 @@ def knob_names(cls=Cfg):
 
 
 def checked_knob(cls, name, value):
-    """`value` as the type of the knob `name`; UserError if there is no such knob or it can't hold that value."""
+    """`value` as the type of the knob `name`; UserError if there is no such knob or it can't be that."""
     if name not in knob_names(cls):
         near = difflib.get_close_matches(name.upper(), knob_names(cls), 1)
-        raise UserError(f"Cfg has no knob {name}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+        hint = f"did you mean {near[0]}?" if near else "--help lists them"
+        raise UserError(f"Cfg has no knob {name}; {hint}")
     kind = type(getattr(cls, name))
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -354,7 +364,8 @@ def checked_knob(cls, name, value):
     if kind is float and type(value) is int:
         value = float(value)
     need(type(value) is kind, f"{name} must be of type {kind.__name__}, not {value!r}")
-    need(kind not in (int, float) or 0 <= value < float("inf"), f"{name} must be a finite number >= 0, not {value}")
+    need(kind not in (int, float) or 0 <= value < math.inf,
+         f"{name} must be a finite number >= 0, not {value}")
     return value
 
 
@@ -370,7 +381,7 @@ def knob_help():
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yields a path beside `path` to write to; it takes the name `path` only when the block ends without an error."""
+    """Yields a path beside `path` to write to, which takes its name when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -387,7 +398,8 @@ def write_text(path, text):
 
 
 def write_json(path, data):
-    write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False, default=json_default) + "\n")
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False, default=json_default)
+    write_text(path, text + "\n")
 
 
 def json_default(value):
@@ -425,7 +437,8 @@ def size_on_disk(path):
     """Bytes of a file; [files, bytes] of a folder; None where there is nothing."""
     path = Path(path)
     if path.is_dir():
-        sizes = [os.path.getsize(os.path.join(base, name)) for base, _, names in os.walk(path) for name in names]
+        sizes = [os.path.getsize(os.path.join(base, name))
+                 for base, _, names in os.walk(path) for name in names]
         return [len(sizes), sum(sizes)]
     return path.stat().st_size if path.exists() else None
 
@@ -433,9 +446,10 @@ def size_on_disk(path):
 def stage(version, knobs, after=None, root="DATA_ROOT"):
     """Makes a function of files out of `body(cfg) -> [paths of its outputs]`: skipped while it is up to date.
 
-    Up to date means: the manifest, which is written last, names the recipe of today (the knobs, `version`, and the
-    recipes of all stages before), and every output has the size recorded in it. Raise `version` when the code of a stage
-    changes what it writes. The decorated function takes (cfg, force=False) and returns whether it did any work.
+    Up to date means: the manifest, which is written last, names the recipe of today (the knobs, `version`,
+    and the recipes of all stages before), and every output has the size recorded in it. Raise `version` when
+    the code of a stage changes what it writes. The decorated function takes (cfg, force=False) and returns
+    whether it did any work.
     """
     def decorate(body):
         name = body.__name__
@@ -445,7 +459,8 @@ def stage(version, knobs, after=None, root="DATA_ROOT"):
 
         def recipe(cfg):
             values = {knob: getattr(cfg, knob) for knob in knobs.split()}
-            return {"stage": name, "version": version, "knobs": json.loads(json.dumps(values, default=json_default)),
+            values = json.loads(json.dumps(values, default=json_default))  # as the manifest will hold them
+            return {"stage": name, "version": version, "knobs": values,
                     "after": digest(after.recipe(cfg)) if after else None}
 
         def status(cfg):
@@ -458,7 +473,8 @@ def stage(version, knobs, after=None, root="DATA_ROOT"):
             if stale:
                 return "stale: " + ", ".join(stale) + " changed"
             if then != today:
-                return "stale: an earlier stage changed" if then["version"] == version else "stale: newer code"
+                same = then["version"] == version
+                return "stale: an earlier stage changed" if same else "stale: newer code"
             changed = [path for path, size in found["outputs"].items() if size_on_disk(path) != size]
             return f"stale: {changed[0]} changed" if changed else "up to date"
 
@@ -1834,7 +1850,8 @@ def convert_file(source, target, cfg):
     """In a worker: converts a MIDI file to `target`; returns its row of report.jsonl."""
     try:
         data = Path(source).read_bytes()
-        row = describe_abc(data.decode(), source, cfg) if str(source).endswith(".abc") else convert_one(data, cfg)
+        is_abc = Path(source).suffix == ".abc"
+        row = describe_abc(data.decode(), source, cfg) if is_abc else convert_one(data, cfg)
     except Rejected as reject:
         return {"reason": reject.reason}
     except Exception as error:  # out of memory, unreadable, or a bug: one file must not stop the others
@@ -2234,7 +2251,7 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, past=None, length=0):  # x (B, T, C)
         B, T, C = x.shape
         q, k, v = self.qkv(rms_norm(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        # normalised queries and keys keep the logits in range at high learning rates (https://arxiv.org/abs/2302.05442)
+        # normalised queries and keys bound the logits at high learning rates (https://arxiv.org/abs/2302.05442)
         q, k = (rotary(rms_norm(y), cos, sin).to(v.dtype) for y in (q, k))
         if past is not None:
             past[0, :, :, length:length + T], past[1, :, :, length:length + T] = k, v
@@ -4824,23 +4841,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_flags(argv):
-    """(cfg, flags) of a command line; every knob of Cfg is a flag that takes a Python literal or a bare word."""
+    """(cfg, flags) of a command line; every knob is a flag that takes a Python literal or a bare word."""
     parser = Parser(prog="LakhMIDI.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [stage.__name__ for stage in STAGES]
-    parser.add_argument("--from", dest="first", choices=names, metavar="STAGE", default=names[0], help="start here")
-    parser.add_argument("--to", dest="last", choices=names, metavar="STAGE", default=names[-1], help="stop after this")
-    parser.add_argument("--only", choices=names, metavar="STAGE", help=f"one of {', '.join(names)}")
-    parser.add_argument("--force", action="store_true", help="run the chosen stages even where they are up to date")
-    parser.add_argument("--plan", metavar="BUDGET", help="print the best N and D for 2h, 90m or 1e18 FLOPs, and stop")
-    parser.add_argument("--status", action="store_true", help="say what is done and what is stale, and stop")
-    parser.add_argument("--sample", type=int, default=0, metavar="N", help="write N new tunes by the best model, and stop")
-    parser.add_argument("--prompt", default="", help="what they go on from: ABC text, an .abc or a .mid file")
-    parser.add_argument("--constrained", action="store_true", help="hold them to the notation: every bar adds up")
+    stages = {"choices": names, "metavar": "STAGE"}
+    add = parser.add_argument
+    add("--from", dest="first", default=names[0], help="start with this stage", **stages)
+    add("--to", dest="last", default=names[-1], help="stop after this one", **stages)
+    add("--only", help=f"one of {', '.join(names)}", **stages)
+    add("--force", action="store_true", help="run the chosen stages even where they are up to date")
+    add("--status", action="store_true", help="say what is done and what is stale, and stop")
+    add("--plan", metavar="BUDGET", help="print the best N and D for 2h, 90m or 1e18 FLOPs, and stop")
+    add("--sample", type=int, default=0, metavar="N", help="write N tunes by the best model, and stop")
+    add("--prompt", default="", help="what they go on from: ABC text, an .abc or a .mid file")
+    add("--constrained", action="store_true", help="hold them to the notation: every bar adds up")
     knobs = parser.add_argument_group("knobs of class Cfg")
     for name, comment in knob_help().items():
         default = getattr(Cfg, name)
-        knobs.add_argument(f"--{name}", metavar=type(default).__name__, help=f"{comment} [{default!r}]".replace("%", "%%"))
+        knobs.add_argument(f"--{name}", metavar=type(default).__name__,
+                           help=f"{comment} [{default!r}]".replace("%", "%%"))
     flags = parser.parse_args(argv)
     given = {name: getattr(flags, name) for name in knob_help() if getattr(flags, name) is not None}
     return Cfg(**{name: parse_knob(name, text) for name, text in given.items()}), flags
@@ -4848,13 +4868,14 @@ def parse_flags(argv):
 
 def parse_knob(name, text):
     """The text of a flag as the type of its knob; what is no literal is left to checked_knob to refuse."""
-    if isinstance(getattr(Cfg, name), str):
+    kind = type(getattr(Cfg, name))
+    if kind is str:
         return text
     try:
         value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
     except (ValueError, SyntaxError):
-        value = tuple(text.split(",")) if isinstance(getattr(Cfg, name), tuple) else text
-    return (value,) if isinstance(getattr(Cfg, name), tuple) and not isinstance(value, (tuple, list)) else value
+        value = tuple(text.split(",")) if kind is tuple else text
+    return (value,) if kind is tuple and not isinstance(value, (tuple, list)) else value
 
 
 def banner(cfg):
@@ -4883,7 +4904,7 @@ def run_stages(cfg, first="extract", last="report", force=False):
 
 
 def main(argv=None):
-    """The command line; returns the exit code: 0 done, 1 failed, 2 a mistake in the command, 130 interrupted."""
+    """The command line; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
     try:
         cfg, flags = parse_flags(argv)
         cfg.check()
