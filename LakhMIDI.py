@@ -1077,7 +1077,7 @@ def merge_duplicates(notes):
 
 
 def is_metre(num, den):
-    """Whether a time signature makes sense; all of POP909 says 1/4 and is in 4/4."""
+    """Whether a time signature makes sense; most of POP909 says 1/4 and is in 4/4."""
     return den in UNITS and 1.5 <= 4 * num / den <= 16
 
 

@@ -117,10 +117,11 @@ def fidelity(files, cfg, run, music21=0):
 
 
 def speed(files, cfg, folder, block=25):
-    """CPU seconds against pretty_midi on the same files, in turn block by block: other jobs hit both alike."""
+    """CPU seconds against pretty_midi on the same files, block by block: other jobs hit both alike."""
     seconds = collections.Counter()
     steps = {"pretty_midi": lambda path: pretty_midi.PrettyMIDI(str(path)),
-             "ours": lambda path: midi_to_abc(path, cfg), "with_score": lambda path: LakhMIDI.convert_one(path, cfg)}
+             "ours": lambda path: midi_to_abc(path, cfg),
+             "with_score": lambda path: LakhMIDI.convert_one(path, cfg)}
     paths = []
     for i, (_, data) in enumerate(files):
         path = Path(folder, f"{i}.mid")
