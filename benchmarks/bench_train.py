@@ -302,7 +302,8 @@ def ablate(args):
         family, base = model.split("_")[0], None
         print(f"\n{model}: loss, change in %, spread over {args.seeds} seeds in %")
         for label, families, how, knobs in ABLATIONS:
-            if family not in families or (args.only and args.only not in label and base):
+            chosen = base is None or any(text in label for text in args.only.split(","))
+            if family not in families or not chosen:
                 continue
             with how():
                 rows = [train_once(args, "ablate", label, model, seed, **knobs) for seed in args.seed_list]
@@ -355,7 +356,7 @@ def main():
     parser.add_argument("--first_seed", type=int, default=1)
     parser.add_argument("--knobs", default="LR,LR_ADAM", help="learning rates to sweep")
     parser.add_argument("--factors", default="0.5,2", help="of the learning rates")
-    parser.add_argument("--only", help="ablations whose name holds this text")
+    parser.add_argument("--only", default="", help="ablations whose name holds one of these texts")
     parser.add_argument("--rival_lrs", default="0.001,0.002,0.004,0.008")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
