@@ -192,6 +192,11 @@ def test_a_prompt_is_not_counted_as_composed():
     assert check_abc(TUNE + "".join(BARS), prompt=TUNE)["valid"]
 
 
+def test_voices_in_unison_are_valid():
+    header = HEADER + "V:2\n%%MIDI program 40\n"
+    assert check_abc(header + "".join(bar[:-1] + bar.replace("V:1", "V:2") for bar in BARS))["valid"]
+
+
 def test_a_reader_that_finds_other_notes_is_a_reason(monkeypatch):
     monkeypatch.setattr(study, "music21_notes", lambda text: study.read_abc(TUNE.replace("c8", "z8")).notes)
     assert check_abc(TUNE)["reasons"] == ["music21"]
