@@ -4565,7 +4565,12 @@ def compose(cfg, count, prompt="", constrained=False):
 # 10 Report and main: every JSON of the run -> runs_lakh/report.html
 # ============================================================================================================
 
-PAGE = """<!doctype html>
+TABLE = """{%- macro table(caption, rows) %}{% if rows %}<div class="scroll"><table>
+<caption>{{ caption }}</caption><tr>{% for name in rows[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value | show }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>{% endif %}{% endmacro %}
+"""
+PAGE = TABLE + """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
@@ -4597,10 +4602,6 @@ audio { width: 100%; height: 2.4rem } summary { cursor: pointer }
   table { font-size: 8px } figure, tr, .tune { break-inside: avoid } img { filter: none }
   h2, h3, caption { break-after: avoid } }
 </style></head><body>
-{%- macro table(caption, rows) %}{% if rows %}<div class="scroll"><table><caption>{{ caption }}</caption>
-<tr>{% for name in rows[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value | show }}</td>{% endfor %}</tr>
-{% endfor %}</table></div>{% endif %}{% endmacro %}
 {%- macro picture(name, alt) %}{% if images[name] %}
 <figure><img src="{{ images[name] }}" alt="{{ alt }}"></figure>{% endif %}{% endmacro %}
 {%- macro gallery(tunes) %}<div class="tunes">{% for tune in tunes %}
@@ -4637,6 +4638,7 @@ grammar.</p>
 <p class="verdict"><strong>{{ family }}</strong>: {{ verdict }}</p>{% endfor %}
 {{ table("L(N) = a N^-alpha + c, with 95 % profile intervals", tables.laws) }}
 {{ table("The largest model, predicted from the smaller ones before it was trained", tables.predictions) }}
+{{ table("The families compared", tables.comparison) }}
 {{ table("L(N, D) = E + A / N^alpha + B / D^beta, with 95 % bootstrap intervals", tables.surfaces) }}
 {{ table("The best use of so many hours on this machine, by L(N, D)", tables.frontier) }}
 {{ picture("combined_scaling.png", "Validation loss of both families against parameters and compute") }}
@@ -4688,6 +4690,18 @@ def percent(estimate):
     return {key: share if share is None else round(100 * share, 1) for key, share in estimate.items()}
 
 
+def page_template(source):
+    """A template that escapes what it is given and fails for what it lacks."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["show"] = show
+    return environment.from_string(source)
+
+
+def html_table(caption, rows):
+    """A table of the report page by itself, for notebooks; rows are dicts of one set of keys."""
+    return page_template(TABLE + "{{ table(caption, rows) }}").render(caption=caption, rows=rows)
+
+
 def data_uri(path):
     """A file as an address that needs no network; None where there is no such file."""
     kinds = {".png": "image/png", ".mp3": "audio/mpeg", ".svg": "image/svg+xml"}
@@ -4712,7 +4726,7 @@ def page_data(stats, results, fits, evaluation):
                       f"tune in training{'; here none has' if stats['split_by'] == 'work' else ', as here'}."
                       f"{kept} The text takes {stats['chars_per_note']:.2f} characters per note.",
         **training_data(results, evaluation["models"]), **law_data(fits["families"]),
-        **music_data(evaluation),
+        "comparison": comparison_rows(fits.get("comparison")), **music_data(evaluation),
         "versions": [{"package": name, "version": importlib.metadata.version(name)}
                      for name in ("torch", "numpy", "scipy", "symusic", "music21")]}
 
@@ -4758,6 +4772,23 @@ def law_data(families):
                       **{name: {"value": row[key], "lo": row[f"{key}_lo"], "hi": row[f"{key}_hi"]}
                          for name, key in (("N", "n"), ("characters D", "d"), ("loss", "loss"))}}
                      for family, found in families.items() for row in found.get("frontier", [])]}
+
+
+def comparison_rows(comparison):
+    """Rows on how the two families of a study differ; a part that was refused has its reason instead."""
+    if not comparison:
+        return []
+    ratio = f"loss of {' / '.join(comparison['families'])}"
+    parts = {"shared_alpha": "one alpha for both: p", "shared_alpha_without_smallest":
+             "the same without the smallest size: p", "equal_parameters": f"{ratio} at equal parameters",
+             "equal_flops": f"{ratio} at equal FLOPs", "crossover": "N where the laws cross"}
+    rows = []
+    for key, name in parts.items():
+        part = comparison[key]
+        value = part["p"] if "p" in part else part if part.get("value") is not None else None
+        remark = part.get("reason", "")
+        rows.append({"comparison": name, "value": value, "at": part.get("at"), "remark": remark})
+    return rows
 
 
 def music_data(evaluation):
@@ -4823,9 +4854,7 @@ def report(cfg):
     results, fits, evaluation = (read_json(save / f"{name}.json") for name in names)
     tables = page_data(stats, results, fits, evaluation)
     pictures = [cfg.tokens_root / "length_distribution.png", *save.glob("*.png")]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["show"] = show
-    write_text(save / "report.html", environment.from_string(PAGE).render(
+    write_text(save / "report.html", page_template(PAGE).render(
         results=results, evaluation=evaluation, tables=tables, knobs=cfg,
         summary=in_short(tables, evaluation),
         tunes={folder: shown_tunes(save / folder) for folder in SAMPLE_FOLDERS},
