@@ -1527,7 +1527,7 @@ class Reader:
             self.voice.program = whole(words[-1], 0, 127)
         elif words[:3] == ["%%MIDI", "channel", "10"]:
             self.voice.drum = True
-        elif line[1:2] == ":" and line[0].isalpha() and not (self.inline and "|" in line):
+        elif re.match(r"[A-Za-z]:(?![|:])", line) and not (self.inline and "|" in line):  # A:| is music
             self.read_field(line[0], line[2:])
         elif words and line[0] != "%":
             self.read_music(line if self.inline else ORNAMENT.sub("", line))
