@@ -1454,10 +1454,11 @@ def midi_to_abc(source, cfg):
 TOKEN = re.compile(r"\[([A-Za-z]):([^]]*)\]"  # field
                    r"|(\[[^]|&]*\]?|[_^=]{0,2}[A-Ga-g][,']*|[zx])(\d*/*\d*)(-?)"  # chord or note, length, tie
                    r"|([|&])|\((\d)(?::(\d*))?(?::(\d*))?"  # end of a bar or layer; (p:q:r
-                   r"|Z(\d*)\s*(\|?)|\S")  # silent bars; anything else
+                   r"|Z(\d*)\s*(\|?)|(>+|<+)|\S")  # silent bars; broken rhythm; anything else
 NOTE = re.compile(r"([_^=]{0,2})([A-Ga-g])([,']*)(\d*/*\d*)(-?)")
-# what other people's ABC has besides notes: chord names, decorations, grace notes, endings, repeats, comments
-ORNAMENT = re.compile(r"\"[^\"]*\"|![^!]*!|\{[^}]*\}|\[\d|(?<=\|)\d|:+(?=\|)|(?<=\|):+|(?<=\|)\]|[~.`\\]|%.*")
+# what other people's ABC has besides notes: chord names, decorations, grace notes, endings, slurs, comments
+ORNAMENT = re.compile(r"\"[^\"]*\"|![^!]*!|\{[^}]*\}|\[\d|(?<=\|)\d|[~.`\\)]|[HLMOPSTuv](?!:)|\((?!\d)|%.*")
+SECTION = re.compile(r"\|+:+|:+\|+:*\]?|(?<!\(\d)::|(?<!:C)\|+\]|\[\|+|\|\|+")  # |: :| :: |] [| ||
 MODES = {"m": -3, "min": -3, "aeo": -3, "dor": -2, "mix": -1, "lyd": 1, "phr": -4, "loc": -5}
 
 
@@ -1515,7 +1516,7 @@ class Reader:
         if self.name not in self.voices:
             self.voices[self.name] = SimpleNamespace(
                 index=len(self.voices), unit=self.unit, sharps=self.sharps, octave=0, program=0, drum=False,
-                bars=0, start=0.0, now=0.0, end=0.0)
+                bars=0, start=0.0, now=0.0, end=0.0, new_section=True, short=None)
         return self.voices[self.name]
 
     def report(self, slug, wrong=True):
@@ -1530,7 +1531,7 @@ class Reader:
         elif re.match(r"[A-Za-z]:(?![|:])", line) and not (self.inline and "|" in line):  # A:| is music
             self.read_field(line[0], line[2:])
         elif words and line[0] != "%":
-            self.read_music(line if self.inline else ORNAMENT.sub("", line))
+            self.read_music(line if self.inline else SECTION.sub("||", ORNAMENT.sub("", line)))
 
     def read_field(self, letter, value):
         """An information field. K: and L: are for all voices up to the first K:, then for the current one."""
@@ -1561,12 +1562,13 @@ class Reader:
         if self.inline:
             self.voice.start = self.voice.now = self.clock
         left, factor = 0, 1.0  # of a tuplet: notes to come, what their lengths are multiplied with
-        for letter, value, text, length, tie, end, p, q, r, missed, silent in TOKEN.findall(line):
+        beats, swing, last = 0.0, 1.0, 0  # length and rows of the note before; factor of the next one
+        for letter, value, text, length, tie, end, p, q, r, missed, silent, broken in TOKEN.findall(line):
             voice = self.voice
             if text:
                 pitches, ties, inner = chord_value(text, voice.sharps, voice.octave)
-                beats = voice.unit * length_value(length) * inner * (factor if left > 0 else 1)
-                left -= 1
+                beats = voice.unit * length_value(length) * inner * swing * (factor if left > 0 else 1)
+                left, swing, last = left - 1, 1.0, len(self.rows)
                 fits = min(beats, self.clock + self.metre - voice.now) if self.inline else beats
                 if fits > 1e-6:  # what hangs over the bar line is cut off
                     self.rows += [(voice.index, voice.now, fits, pitch, tied or tie == "-", self.number)
@@ -1585,6 +1587,10 @@ class Reader:
             elif silent or missed:
                 voice.bars += whole(missed)
                 voice.start = voice.now = voice.now + (not self.inline) * self.metre * whole(missed)
+            elif broken and not self.inline:  # a>b: dotted, and the next one shortened; a<b the other way
+                swing = 2.0 ** -len(broken) if broken[0] == ">" else 2 - 2.0 ** -len(broken)
+                self.rows[last:] = [(*row[:2], row[2] * (2 - swing), *row[3:]) for row in self.rows[last:]]
+                voice.now += beats * (1 - swing)
             else:
                 self.report("bad_char")
         if self.inline:
@@ -1593,10 +1599,19 @@ class Reader:
                 self.next_bar()
 
     def end_layer(self, voice, end):
-        """At & or |: a layer must fill a bar. Inline, a bar line too early is ignored."""
+        """At & or |: a layer must fill a bar. Inline, a bar line too early is ignored; otherwise the bars at
+        the ends of a section, which || or a repeat bounds, may be short."""
         length = voice.now - voice.start
         voice.end = max(voice.end, voice.now)
-        self.report("bar_length", abs(length - self.metre) > 1e-6 and (length or self.inline))  # || is no bar
+        wrong = abs(length - self.metre) > 1e-6
+        if self.inline or length > self.metre:
+            self.report("bar_length", wrong)
+        elif not length:  # the second line of ||
+            voice.short, voice.new_section = None, True
+        else:
+            self.problems += [(voice.short, "bar_length")] * (voice.short is not None)
+            voice.short = self.number if wrong and not voice.new_section else None
+            voice.new_section = False
         if end == "&":
             voice.now = voice.start
         elif self.inline:
