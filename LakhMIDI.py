@@ -197,7 +197,7 @@ class Cfg(metaclass=KnobType):
     MICRO_TOKENS = 0  # characters per forward pass, for memory; steps stay the same. 0 = by the model
     SAVE_EVERY_S = 60.0  # seconds between checkpoints of a model in training
     # --- evaluation
-    SAMPLES = 0  # tunes of the best model that are judged, of each kind; 0 = 24 on a CPU, 500 on CUDA
+    SAMPLES = 0  # tunes of the best model that are judged, of each kind; 0 = 20 on a CPU, 500 on CUDA
     SHOWN = 4  # tunes of each kind in best_samples/, with sound and picture
     SAMPLE_CHARS = 0  # where a tune that goes on is cut at a bar line; 0 = 1,200, 4,000 on CUDA
     TEMPERATURE = 0.9  # of sampling
@@ -283,7 +283,7 @@ class Cfg(metaclass=KnobType):
 
     @property
     def samples(self):
-        return self.SAMPLES or (500 if self.device == "cuda" else 24)
+        return self.SAMPLES or (500 if self.device == "cuda" else 20)
 
     @property
     def sample_chars(self):
@@ -4527,7 +4527,7 @@ def draw_roll(tune):
 
 
 def engrave(text):
-    """The score of a text as SVG, without names that only a program would use. Raises what music21 raises."""
+    """The score of a text as SVG. Raises what music21 raises."""
     import music21
     import verovio
     verovio.enableLog(verovio.LOG_OFF)
@@ -4535,9 +4535,12 @@ def engrave(text):
     page.setOptions({"pageWidth": 1600, "pageHeight": 60_000, "adjustPageHeight": True, "scale": 40,
                      "svgViewBox": True, "svgRemoveXlink": True, "header": "none", "footer": "none",
                      "xmlIdSeed": 1})
-    xml = music21.musicxml.m21ToXml.GeneralObjectExporter(music21_score(text)).parse()
+    score = music21_score(text)
+    for bar in score.recurse().getElementsByClass("Measure"):  # the strict export marks all notes: too many
+        bar.makeAccidentals(inPlace=True, overrideStatus=True, cautionaryNotImmediateRepeat=False)
+    xml = music21.musicxml.m21ToXml.GeneralObjectExporter(score).parse()
     page.loadData(xml.decode())
-    return re.sub(r' class="[^"]*"| id="(?!E0)[^"]*"|\n\s*', "", page.renderToSVG(1))
+    return re.sub(r">\s+<", "><", page.renderToSVG(1))
 
 
 # --- on demand: python LakhMIDI.py --sample 8 --prompt mine.mid
@@ -4580,8 +4583,8 @@ def compose(cfg, count, prompt="", constrained=False):
 # 10 Report and main: every JSON of the run -> runs_lakh/report.html
 # ============================================================================================================
 
-TABLE = """{%- macro table(caption, rows) %}{% if rows %}<div class="scroll"><table>
-<caption>{{ caption }}</caption><tr>{% for name in rows[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
+TABLE = """{%- macro table(caption, rows) %}{% if rows %}<h3>{{ caption }}</h3><div class="scroll"><table>
+<tr>{% for name in rows[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value | show }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endif %}{% endmacro %}
 """
@@ -4601,7 +4604,7 @@ h1 { line-height: 1.2 } h2 { margin-top: 2.8rem; border-bottom: 2px solid var(--
 img { max-width: 100%; height: auto; border-radius: 4px } figure { margin: 1rem 0 }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: 1rem 0 }
-caption { text-align: left; font-weight: 600; padding: .4rem 0; white-space: nowrap }
+h3 { font-size: .95rem; margin: 1.4rem 0 -.6rem }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right }
 td { white-space: nowrap }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
@@ -4613,9 +4616,9 @@ pre { background: #8881; padding: .7rem; font-size: .8rem; white-space: pre-wrap
 .tune { border: 1px solid var(--line); border-radius: 6px; padding: .7rem; min-width: 0 }
 audio { width: 100%; height: 2.4rem } summary { cursor: pointer }
 @media print { :root { --ink: #000; --paper: #fff } body { max-width: none; font-size: 10px; padding: 0 }
-  audio, details { display: none } .scroll { overflow: visible } td, caption { white-space: normal }
+  audio, details { display: none } .scroll { overflow: visible } td { white-space: normal }
   table { font-size: 8px } figure, tr, .tune { break-inside: avoid } img { filter: none }
-  h2, h3, caption { break-after: avoid } }
+  h2, h3 { break-after: avoid } }
 </style></head><body>
 {%- macro picture(name, alt) %}{% if images[name] %}
 <figure><img src="{{ images[name] }}" alt="{{ alt }}"></figure>{% endif %}{% endmacro %}
@@ -4637,7 +4640,7 @@ training characters each; {{ results.device }}, torch {{ results.torch }}.</p>
 on from the beginning of a tune that no model has seen; “constrained” ones were held to the notation by a
 grammar.</p>
 {{ gallery(tunes.best_samples) }}
-<h3>Size by size</h3>
+<h2>Size by size</h2>
 <p>The first tune of every other model and, for comparison, the first of the real ones.</p>
 {{ gallery(tunes.samples) }}
 <h2>Data</h2>
@@ -4809,16 +4812,17 @@ def comparison_rows(comparison):
 def music_data(evaluation):
     """Tables of the samples: what emerges at which size."""
     sizes = {row["run"]: row["n_fit"] for row in evaluation["models"]}
-    free = [row for row in evaluation["music"] if row["kind"] != "constrained"]
+    free = [{**row, "tunes": "real, held out" if row["run"] == "real" else f"{row['run']}, {row['kind']}"}
+            for row in evaluation["music"] if row["kind"] != "constrained"]
     names = list(dict.fromkeys(name for row in free for name in row["metrics"]))
     return {
-        "validity": [{"tunes": f"{row['run']}, {row['kind']}", "N": sizes.get(row["run"]), "n": row["n"],
+        "validity": [{"tunes": row["tunes"], "N": sizes.get(row["run"]), "n": row["n"],
                       "bars that add up": f"{row['bars_right']:.1%}", "ended": row["ended"],
                       "valid, %": percent(row["valid"]), "valid or cut, %": percent(row["valid_or_cut"]),
                       "longest run": row["longest_run"], "copies, %": percent(row["copied"]),
                       "faults": ", ".join(f"{why} {n}" for why, n in list(row["reasons"].items())[:4])}
                      for row in free],
-        "metrics": [{"tunes": f"{row['run']}, {row['kind']}",
+        "metrics": [{"tunes": row["tunes"],
                      **{name.replace("_", " "): row["metrics"].get(name, NO_ESTIMATE) for name in names}}
                     for row in free if row["kind"] != "prompted"],
         "constrained": [{"model": row["run"], "n": row["n"], "ended": row["ended"],
