@@ -69,8 +69,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-# How long OpenMP's threads spin before they sleep. Not at all made the steps of small LSTMs 12 times slower on
-# two idle cores, 100 times as long 1.8 times; it matters for small models, and only before torch is loaded.
+# How long OpenMP's threads spin before they sleep. Not at all made the steps of small LSTMs 12 times slower
+# on two idle cores, 100 times as long 1.8 times. Read only when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import jinja2
@@ -2100,6 +2100,22 @@ def held_out_fractions(total_chars, cfg):
     return val, cfg.TEST_FRAC or val
 
 
+def versions_last(tunes, budget):
+    """Training tunes -> (the same, at the end some of which another version stays before them; how many).
+
+    The last ones, of at most `budget` characters, are not trained on: the loss on them is what a split by file
+    takes for a loss on unseen music.
+    """
+    works, first, last = Counter(tune["group"] for tune in tunes), [], []
+    for tune in tunes:
+        if works[tune["group"]] > 1 and tune["n_chars"] <= budget:
+            works[tune["group"]], budget = 0, budget - tune["n_chars"]  # the other versions come first
+            last.append(tune)
+        else:
+            first.append(tune)
+    return first + last, len(last)
+
+
 def leak_of_file_split(group_ids, sizes_in_chars, val_frac, test_frac):
     """Expected share of held-out files, and of their characters, that a split file by file leaks.
 
@@ -2154,7 +2170,7 @@ def write_tokens(split, tunes, vocab, cfg):
     return placed
 
 
-@stage(version=2, knobs="VAL_FRAC TEST_FRAC SPLIT_BY SEED", after=convert)
+@stage(version=3, knobs="VAL_FRAC TEST_FRAC SPLIT_BY SEED", after=convert)
 def tokenize(cfg):
     """Splits the tunes so that no version of a held-out tune is trained on, and writes them as token ids."""
     report = read_jsonl(cfg.abc_root / "report.jsonl")
@@ -2172,9 +2188,13 @@ def tokenize(cfg):
     for i in sorted(range(len(tunes)), key=lambda i: shuffle_key(tunes[i], cfg)):
         members[splits[i]].append(tunes[i] | {"group": str(works[i])})
     need(all(members.values()), "too few different works to hold any out; add music or raise VAL_FRAC")
+    budget = fractions[0] * chars.sum() if cfg.SPLIT_BY == "work" else 0
+    members["train"], n_leaked = versions_last(members["train"], budget)
     vocab = build_vocab(members["train"], cfg)
     placed = {split: write_tokens(split, members[split], vocab, cfg) for split in members}
-    write_jsonl(cfg.tokens_root / "tunes.jsonl", [tune for split in placed.values() for tune in split])
+    for tune in placed["train"][len(placed["train"]) - n_leaked:]:
+        tune["leaked"] = True  # in train.bin, but not trained on
+    write_jsonl(cfg.tokens_root / "tunes.jsonl", itertools.chain(*placed.values()))
     write_json(cfg.tokens_root / "vocab.json", {"chars": vocab.chars})
     stats = corpus_statistics(report, placed, vocab, works, fractions, cfg)
     write_json(cfg.tokens_root / "stats.json", stats)
@@ -2203,7 +2223,8 @@ def corpus_statistics(report, placed, vocab, works, fractions, cfg):
     sums, splits = ("chars", "notes", "seconds", "unknown"), {}
     for split, rows in placed.items():
         splits[split] = {"tunes": len(rows), "groups": len({row["group"] for row in rows}),
-                         **{key: sum(row[key] for row in rows) for key in sums}}
+                         **{key: sum(row[key] for row in rows) for key in sums},
+                         "set aside": sum(row["chars"] + 2 for row in rows if "leaked" in row)}
     f1 = np.array([tune["f1"] for tune in tunes if tune["f1"] is not None])  # none of what came as ABC
     sizes = np.unique(works, return_counts=True)[1]
     quantiles = {"min": 0, "5%": 5, "25%": 25, "50%": 50, "75%": 75, "95%": 95, "99%": 99, "max": 100}
@@ -2787,7 +2808,7 @@ def train_model(run, vocab, cfg, bar, step_work=1.0):
     """Trains one model through all its legs, from its checkpoint if there is one; writes model and record."""
     if cfg.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainer = Trainer(run, vocab, cfg, np.memmap(cfg.tokens_root / "train.bin", vocab.dtype, "r"))
+    trainer = Trainer(run, vocab, cfg, read_training(vocab, cfg)[0])
     trainer.restore("resume")
     bar.update(step_work * trainer.trained / cfg.batch_tokens)
     stops, first = legs(cfg), trainer.rank == 0
@@ -2858,6 +2879,13 @@ def run_recipe(run, cfg):
 def read_tokens(split, vocab, cfg):
     """The characters of a held-out split that losses are taken over, as ids."""
     return np.fromfile(cfg.tokens_root / f"{split}.bin", vocab.dtype, cfg.EVAL_TOKENS)
+
+
+def read_training(vocab, cfg):
+    """train.bin as (what is trained on, versions of it that were set aside to measure the leak)."""
+    tokens = np.memmap(cfg.tokens_root / "train.bin", vocab.dtype, "r")
+    stats = read_json(cfg.tokens_root / "stats.json", {"splits": {"train": {"set aside": 0}}})
+    return np.split(tokens, [len(tokens) - stats["splits"]["train"]["set aside"]])
 
 
 def read_vocab(cfg):
@@ -4230,7 +4258,7 @@ def training_melodies(cfg, most=2**26):
     """The melodies of the training tunes in one array; beyond `most` steps (64 MB) tunes are left out."""
     parts, size = [], 0
     for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl"):
-        if tune["split"] == "train" and size < most:
+        if tune["split"] == "train" and "leaked" not in tune and size < most:
             if tune["file"].endswith(".abc"):
                 notes, voices = read_abc(abc_path(tune["file"], cfg).read_text("utf-8"))[:2]
             else:  # ten times as fast as reading the text
@@ -4321,6 +4349,12 @@ def test_loss(model, test, kinds, whole, cfg):
                         for i, kind in enumerate(KINDS) if np.any(kinds == i)},
             "by_position": [{"from": low, "to": high, "bits": bits[here].mean(dtype=np.float64)}
                             for (low, high), here in spans.items() if here.any()]}
+
+
+def leaked_loss(model, leaked, cfg):
+    """Loss on tunes that were not trained on, though a version of each was: what a split by file measures."""
+    found = mean_loss(token_losses(model, leaked, cfg), leaked) if len(leaked) > 1 else (None, None)
+    return dict(zip(("leaked_loss", "leaked_loss_se"), found, strict=True))
 
 
 # --- samples of every model, judged beside real music
@@ -4440,12 +4474,13 @@ def evaluate(cfg):
         shutil.rmtree(save / folder, ignore_errors=True)
         (save / folder).mkdir()
     held_out = [tune for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl") if tune["split"] == "test"]
-    test = read_tokens("test", vocab, cfg)
+    test, leaked = read_tokens("test", vocab, cfg), read_training(vocab, cfg)[1][:cfg.EVAL_TOKENS]
     whole = [tune for tune in held_out if tune["start"] + tune["chars"] + 2 <= len(test)] or held_out[:1]
     models = {row["run"]: load(save / row["checkpoint"], cfg.device) for row in rows}
     kinds = char_kinds(test, vocab)[1:]
     tested = [{"run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"],
-               **test_loss(models[row["run"]][0], test, kinds, whole, cfg)}
+               **test_loss(models[row["run"]][0], test, kinds, whole, cfg),
+               **leaked_loss(models[row["run"]][0], leaked, cfg)}
               for row in progress(rows, "test loss", unit="model")]
     real = [abc_path(tune["file"], cfg).read_text("utf-8") for tune in held_out if not tune["unknown"]]
     music = write_music(progress(models.items(), "samples", unit="model"), best, real[:cfg.samples], cfg)
@@ -4756,7 +4791,9 @@ def training_data(results, tested):
         "training": [{"model": row["run"], "N": row["n_fit"], "all parameters": row["n_params"],
                       "tokens": row["tokens"], "epochs": row["epochs"], "validation loss": row["val_loss"],
                       "test loss": loss[row["run"]]["test_loss"],
-                      "\u00b1 s.e.": loss[row["run"]]["test_loss_se"], "PFLOPs": row["flops"] / 1e15,
+                      "\u00b1 s.e.": loss[row["run"]]["test_loss_se"],
+                      "on versions of trained tunes": loss[row["run"]]["leaked_loss"],
+                      "PFLOPs": row["flops"] / 1e15,
                       "char/s": row["tokens_per_s"], "seconds": row["wall_s"]}
                      for row in results["runs"] if row["main"]],
         "units": [{"model": row["run"], "nats/character": row["test_loss"], "bits/character": row["test_bpc"],
@@ -4831,8 +4868,8 @@ def music_data(evaluation):
                         for row in evaluation["music"] if row["kind"] == "constrained"]}
 
 
-def in_short(tables, evaluation):
-    """The study in a few sentences."""
+def in_short(tables, evaluation, leak):
+    """The study in a few sentences; `leak` is that of a split by file, from stats.json."""
     best = next(row for row in evaluation["models"] if row["run"] == evaluation["best"])
     music = {row["kind"]: row for row in evaluation["music"] if row["run"] in ("real", best["run"])}
     share = {kind: f"{row['valid']['value']:.0%}" for kind, row in music.items()}
@@ -4850,7 +4887,18 @@ def in_short(tables, evaluation):
             f"{music['unprompted']['bars_right']:.0%} of its bars add up.",
             f"{copied['unprompted']} of its tunes share their whole melody with a training tune, or more "
             f"notes on end than 95 % of real tunes do; of the real tunes themselves {copied['real']} do.",
-            tables["duplicates"]]
+            tables["duplicates"], *leak_effect(best, leak)]
+
+
+def leak_effect(best, leak):
+    """What a split by file would have reported for the best model, in no sentence or one."""
+    if best["leaked_loss"] is None:
+        return []
+    p, honest, leaked = leak["leaked_chars"], best["test_loss"], best["leaked_loss"]
+    errors = [show(best[f"{name}_loss_se"]) for name in ("leaked", "test")]
+    return [f"On tunes with a version in training {best['run']} has a loss of {leaked:.4f} \u00b1 "
+            f"{errors[0]} nats per character, on the honest test set {honest:.4f} \u00b1 {errors[1]}: split "
+            f"by file, a test would have reported about {p * leaked + (1 - p) * honest:.4f}."]
 
 
 def shown_tunes(folder):
@@ -4875,7 +4923,7 @@ def report(cfg):
     pictures = [cfg.tokens_root / "length_distribution.png", *save.glob("*.png")]
     write_text(save / "report.html", page_template(PAGE).render(
         results=results, evaluation=evaluation, tables=tables, knobs=cfg,
-        summary=in_short(tables, evaluation),
+        summary=in_short(tables, evaluation, stats["works"]["leak_of_split_by_file"]),
         tunes={folder: shown_tunes(save / folder) for folder in SAMPLE_FOLDERS},
         images={path.name: data_uri(path) for path in pictures}))
     return [save / "report.html"]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,25 @@ def test_every_file_is_in_the_books(smoke):
 def test_versions_of_a_work_stay_on_one_side_and_out_of_the_vocabulary_of_others(smoke):
     tunes = study.read_jsonl(smoke.tokens_root / "tunes.jsonl")
     sides = {tune["file"]: (tune["split"], tune["group"]) for tune in tunes}
-    versions = {sides[name] for name in ("artist 0/Title 0.mid", "versions/same.mid", "versions/UP.MID", "versions/organ.midi")}
+    versions = {sides[name] for name in ("artist 0/Title 0.mid", "versions/same.mid", "versions/UP.MID",
+                                         "versions/organ.midi")}
     assert len(versions) == 1
     assert {tune["split"] for tune in tunes} == {"train", "val", "test"}
     by_group = {}
     for tune in tunes:
         by_group.setdefault(tune["group"], set()).add(tune["split"])
     assert all(len(splits) == 1 for splits in by_group.values())
+
+
+def test_one_version_of_a_work_in_training_is_set_aside_to_measure_the_leak(smoke):
+    tunes = [t for t in study.read_jsonl(smoke.tokens_root / "tunes.jsonl") if t["split"] == "train"]
+    leaked, works = [tune for tune in tunes if "leaked" in tune], Counter(tune["group"] for tune in tunes)
+    assert len(leaked) == 1 and works[leaked[0]["group"]] == 4 and tunes[-1] == leaked[0]
+    first, last = study.read_training(study.read_vocab(smoke), smoke)
+    assert len(last) == leaked[0]["chars"] + 2 and len(first) == leaked[0]["start"]
+    models = study.read_json(Path(smoke.SAVE_DIR, "evaluation.json"))["models"]
+    assert all(0 < row["leaked_loss"] < 5 for row in models)
+    assert "a test would have reported" in Path(smoke.SAVE_DIR, "report.html").read_text("utf-8")
 
 
 def test_token_files_hold_the_tunes(smoke):
