@@ -2103,8 +2103,8 @@ def held_out_fractions(total_chars, cfg):
 def versions_last(tunes, budget):
     """Training tunes -> (the same, at the end some of which another version stays before them; how many).
 
-    The last ones, of at most `budget` characters, are not trained on: the loss on them is what a split by file
-    takes for a loss on unseen music.
+    The last ones, of at most `budget` characters, are not trained on: the loss on them is what a split by
+    file takes for a loss on unseen music.
     """
     works, first, last = Counter(tune["group"] for tune in tunes), [], []
     for tune in tunes:

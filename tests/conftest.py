@@ -1,4 +1,5 @@
 """A small corpus of made-up music and one smoke study of it, shared by the tests."""
+
 import io
 import os
 import random
@@ -23,13 +24,17 @@ def make_midi(seed, bars=16, program=0, transpose=0):
     rng, ticks = random.Random(seed), 480
     midi = mido.MidiFile(ticks_per_beat=ticks)
     for channel, (low, high, lengths) in enumerate([(60, 84, (240, 480, 480, 960)), (36, 52, (960, 1920))]):
-        track = mido.MidiTrack([mido.Message("program_change", program=program + 10 * channel, channel=channel)])
+        track = mido.MidiTrack(
+            [mido.Message("program_change", program=program + 10 * channel, channel=channel)]
+        )
         pitch, end = rng.randint(low, high), 0
         while end < bars * 4 * ticks:
             pitch = min(high, max(low, pitch + rng.choice((-4, -3, -2, -1, 1, 2, 3, 5))))
             length = min(rng.choice(lengths), bars * 4 * ticks - end)
-            track += [mido.Message("note_on", note=pitch + transpose, velocity=80, time=0, channel=channel),
-                      mido.Message("note_off", note=pitch + transpose, velocity=0, time=length, channel=channel)]
+            track += [
+                mido.Message("note_on", note=pitch + transpose, velocity=80, time=0, channel=channel),
+                mido.Message("note_off", note=pitch + transpose, velocity=0, time=length, channel=channel),
+            ]
             end += length
         midi.tracks.append(track)
     file = io.BytesIO()

@@ -1,4 +1,5 @@
 """The knobs: three ways to set them, every mistake told in one line with exit code 2."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -20,11 +21,26 @@ def test_three_ways_to_set_a_knob(monkeypatch):
     assert cfg.SEQ_LEN == 64
 
 
-@pytest.mark.parametrize("name, value", [
-    ("SEQLEN", 256), ("SEQ_LEN", 2.5), ("SEQ_LEN", -1), ("SEQ_LEN", True), ("LR", "fast"), ("LR", float("nan")),
-    ("LMD_ZIP_PATH", 3), ("USE_LOCAL_MIDI", 1), ("BETAS", 0.9)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("SEQLEN", 256),
+        ("SEQ_LEN", 2.5),
+        ("SEQ_LEN", -1),
+        ("SEQ_LEN", True),
+        ("LR", "fast"),
+        ("LR", float("nan")),
+        ("LMD_ZIP_PATH", 3),
+        ("USE_LOCAL_MIDI", 1),
+        ("BETAS", 0.9),
+    ],
+)
 def test_nonsense_is_refused_where_it_is_written(name, value):
-    for attempt in (lambda: Cfg(**{name: value}), lambda: setattr(Cfg, name, value), lambda: setattr(Cfg(), name, value)):
+    for attempt in (
+        lambda: Cfg(**{name: value}),
+        lambda: setattr(Cfg, name, value),
+        lambda: setattr(Cfg(), name, value),
+    ):
         with pytest.raises(UserError, match=name):
             attempt()
 
@@ -34,19 +50,44 @@ def test_a_misspelt_knob_is_told_its_name():
         Cfg(SEQLEN=1)
 
 
-@pytest.mark.parametrize("knobs", [
-    {"STUDY": "huge"}, {"DEVICE": "tpu"}, {"VAL_FRAC": 0.4, "TEST_FRAC": 0.4}, {"SEQ_LEN": 100, "BATCH_TOKENS": 150},
-    {"SEEDS": 0}, {"BUDGETS": (0.5,)}, {"BUDGETS": ()}, {"MODELS": ("gpt_9T",)}, {"MODELS": (("gpt", "x", 1, 30, 4),)},
-    {"MODELS": ("gpt_1M", "gpt_1M")}, {"BETAS": (0.9, 1.0)}, {"DECAY_FRAC": 0.0}])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"STUDY": "huge"},
+        {"DEVICE": "tpu"},
+        {"VAL_FRAC": 0.4, "TEST_FRAC": 0.4},
+        {"SEQ_LEN": 100, "BATCH_TOKENS": 150},
+        {"SEEDS": 0},
+        {"BUDGETS": (0.5,)},
+        {"BUDGETS": ()},
+        {"MODELS": ("gpt_9T",)},
+        {"MODELS": (("gpt", "x", 1, 30, 4),)},
+        {"MODELS": ("gpt_1M", "gpt_1M")},
+        {"BETAS": (0.9, 1.0)},
+        {"DECAY_FRAC": 0.0},
+    ],
+)
 def test_knobs_that_make_no_sense_together(knobs):
     with pytest.raises(UserError):
         Cfg(**knobs).check()
 
 
-@pytest.mark.parametrize("flags", [
-    ["--SEQLEN", "3"], ["--SEQ_LEN", "x"], ["--SEQ_LEN", "-5"], ["--LMD_ZIP_PATH", "missing.zip"],
-    ["--USE_LOCAL_MIDI", "True", "--LOCAL_MIDI_ROOT", "empty"], ["--USE_LOCAL_MIDI", "True"], ["--only", "dance"],
-    ["--from", "train", "--to", "convert"], ["--only", "fit"], ["--STUDY", "huge"], ["--LMD_ZIP_PATH", "text.zip"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--SEQLEN", "3"],
+        ["--SEQ_LEN", "x"],
+        ["--SEQ_LEN", "-5"],
+        ["--LMD_ZIP_PATH", "missing.zip"],
+        ["--USE_LOCAL_MIDI", "True", "--LOCAL_MIDI_ROOT", "empty"],
+        ["--USE_LOCAL_MIDI", "True"],
+        ["--only", "dance"],
+        ["--from", "train", "--to", "convert"],
+        ["--only", "fit"],
+        ["--STUDY", "huge"],
+        ["--LMD_ZIP_PATH", "text.zip"],
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -69,7 +110,13 @@ def test_help_lists_every_knob_with_its_comment(capsys):
 
 
 def test_importing_leaves_no_trace(tmp_path):
-    done = subprocess.run([sys.executable, "-B", "-c", "import LakhMIDI"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": ""}, check=True)
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", "import LakhMIDI"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "PATH": ""},
+        check=True,
+    )
     assert done.stdout == done.stderr == ""
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and "matplotlib" not in str(p)]

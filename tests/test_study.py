@@ -1,4 +1,5 @@
 """The whole study on made-up music: what it writes, when it works, how it goes on."""
+
 import json
 import os
 import signal
@@ -21,11 +22,28 @@ ROOT = Path(__file__).parents[1]
 
 def test_outputs_are_at_their_names(smoke):
     data, runs = Path(smoke.DATA_ROOT), Path(smoke.SAVE_DIR)
-    for name in ("midi/artist 0/Title 0.mid", "abc/artist 0/Title 0.mid.abc", "abc/report.jsonl", "tokens/train.bin",
-                 "tokens/vocab.json", "tokens/stats.json", "tokens/length_distribution.png"):
+    for name in (
+        "midi/artist 0/Title 0.mid",
+        "abc/artist 0/Title 0.mid.abc",
+        "abc/report.jsonl",
+        "tokens/train.bin",
+        "tokens/vocab.json",
+        "tokens/stats.json",
+        "tokens/length_distribution.png",
+    ):
         assert (data / name).stat().st_size > 0
-    for name in ("gpt_8w.pt", "lstm_10w.pt", "scaling_results.json", "training_curves.json", "fits.json",
-                 "gpt_scaling.png", "lstm_scaling.png", "combined_scaling.png", "evaluation.json", "report.html"):
+    for name in (
+        "gpt_8w.pt",
+        "lstm_10w.pt",
+        "scaling_results.json",
+        "training_curves.json",
+        "fits.json",
+        "gpt_scaling.png",
+        "lstm_scaling.png",
+        "combined_scaling.png",
+        "evaluation.json",
+        "report.html",
+    ):
         assert (runs / name).stat().st_size > 0
     assert not list(data.rglob("*.partial")) and not list(runs.rglob("*.partial"))
     assert len(list((runs / "best_samples").glob("*.mid"))) >= smoke.SAMPLES
@@ -44,8 +62,10 @@ def test_every_file_is_in_the_books(smoke):
 def test_versions_of_a_work_stay_on_one_side_and_out_of_the_vocabulary_of_others(smoke):
     tunes = study.read_jsonl(smoke.tokens_root / "tunes.jsonl")
     sides = {tune["file"]: (tune["split"], tune["group"]) for tune in tunes}
-    versions = {sides[name] for name in ("artist 0/Title 0.mid", "versions/same.mid", "versions/UP.MID",
-                                         "versions/organ.midi")}
+    versions = {
+        sides[name]
+        for name in ("artist 0/Title 0.mid", "versions/same.mid", "versions/UP.MID", "versions/organ.midi")
+    }
     assert len(versions) == 1
     assert {tune["split"] for tune in tunes} == {"train", "val", "test"}
     by_group = {}
@@ -72,7 +92,7 @@ def test_token_files_hold_the_tunes(smoke):
         for tune in [t for t in study.read_jsonl(smoke.tokens_root / "tunes.jsonl") if t["split"] == split]:
             start, end = tune["start"], tune["start"] + tune["chars"] + 1
             assert ids[start] == study.START and ids[end] == study.END
-            assert vocab.decode(ids[start + 1:end]) == (smoke.abc_root / f"{tune['file']}.abc").read_text()
+            assert vocab.decode(ids[start + 1 : end]) == (smoke.abc_root / f"{tune['file']}.abc").read_text()
     assert list(vocab.chars[3:]) == sorted(vocab.chars[3:])
 
 
@@ -100,7 +120,11 @@ def test_a_second_run_does_nothing(smoke, capsys):
 def test_a_knob_makes_stale_what_is_below_it_and_nothing_above(smoke):
     cfg = Cfg(**{name: getattr(smoke, name) for name in study.knob_names()} | {"LR": 0.5})
     status = {stage.__name__: stage.status(cfg) for stage in study.STAGES}
-    assert {name for name, state in status.items() if state == "up to date"} == {"extract", "convert", "tokenize"}
+    assert {name for name, state in status.items() if state == "up to date"} == {
+        "extract",
+        "convert",
+        "tokenize",
+    }
     assert status["train"] == "stale: LR changed"
     with pytest.raises(UserError, match="train"):
         study.fit(cfg)
@@ -118,13 +142,37 @@ def test_a_lost_output_is_noticed(smoke):
 
 
 def test_a_killed_run_finishes_and_equals_an_unbroken_one(smoke, tmp_path, midi_zip):
-    flags = ["--STUDY", "smoke", "--DATA_ROOT", "data", "--SAVE_DIR", "runs", "--LMD_ZIP_PATH", str(midi_zip), "--WORKERS", "1",
-             "--DEVICE", "cpu", "--MAX_MIDI_FILES", "80", "--SAVE_EVERY_S", "0", "--EVAL_TOKENS", str(smoke.EVAL_TOKENS)]
+    flags = [
+        "--STUDY",
+        "smoke",
+        "--DATA_ROOT",
+        "data",
+        "--SAVE_DIR",
+        "runs",
+        "--LMD_ZIP_PATH",
+        str(midi_zip),
+        "--WORKERS",
+        "1",
+        "--DEVICE",
+        "cpu",
+        "--MAX_MIDI_FILES",
+        "80",
+        "--SAVE_EVERY_S",
+        "0",
+        "--EVAL_TOKENS",
+        str(smoke.EVAL_TOKENS),
+    ]
     command = [sys.executable, str(ROOT / "LakhMIDI.py"), *flags, "--to", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for seconds in (4, 6, 8):
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -133,10 +181,13 @@ def test_a_killed_run_finishes_and_equals_an_unbroken_one(smoke, tmp_path, midi_
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
     whole = json.loads(Path(smoke.SAVE_DIR, "scaling_results.json").read_text())["runs"]
     again = json.loads((tmp_path / "runs" / "scaling_results.json").read_text())["runs"]
-    assert [(row["run"], row["tokens"], row["val_loss"]) for row in again] == \
-        [(row["run"], row["tokens"], row["val_loss"]) for row in whole]
+    assert [(row["run"], row["tokens"], row["val_loss"]) for row in again] == [
+        (row["run"], row["tokens"], row["val_loss"]) for row in whole
+    ]
     for path in Path(smoke.SAVE_DIR).glob("*.pt"):
-        first, second = (torch.load(p, weights_only=True)["model"] for p in (path, tmp_path / "runs" / path.name))
+        first, second = (
+            torch.load(p, weights_only=True)["model"] for p in (path, tmp_path / "runs" / path.name)
+        )
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
