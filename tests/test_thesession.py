@@ -224,3 +224,12 @@ def test_a_host_that_sends_less_than_the_file_gives_what_is_whole(host, tmp_path
     host.how = "shorter"
     study.extract(Cfg.smoke(tmp_path, DATASET="thesession", MAX_MIDI_FILES=0))
     assert read_json(tmp_path / "data_lakh/midi_index.json")["seen"] > len(GOOD) * 19
+
+
+def test_the_whole_study_runs_on_settings(tmp_path):
+    (tmp_path / "tunes.csv").write_bytes(as_csv(GOOD))
+    cfg = Cfg.smoke(tmp_path, DATASET=tmp_path / "tunes.csv", MAX_MIDI_FILES=0, MODELS=("gpt_8w", "lstm_10w"))
+    run_stages(cfg)
+    music = read_json(Path(cfg.SAVE_DIR, "evaluation.json"))["music"]
+    assert next(row for row in music if row["kind"] == "real")["valid"]["value"] == 1
+    assert "would have reported" in Path(cfg.SAVE_DIR, "report.html").read_text("utf-8")
