@@ -170,7 +170,7 @@ class Cfg(metaclass=KnobType):
     CONVERT_TIMEOUT = 60.0  # seconds that one MIDI file may take before it is given up
     MAX_ABC_CHARS = 300_000  # a longer tune is rejected: a few loops would otherwise fill the corpus
     MIN_NOTES = 8  # a shorter tune is rejected
-    VAL_FRAC = 0.0  # share of the characters for validation; 0 = 1 %, more on a small corpus (EVAL_TOKENS)
+    VAL_FRAC = 0.0  # share of the characters for validation; 0 = 1 %, up to 10 % of a small corpus
     TEST_FRAC = 0.0  # share for the final test; 0 = as VAL_FRAC
     SPLIT_BY = "work"  # what stays on one side: work (all its versions) | file (leaks, as others do)
     EVAL_TOKENS = 2_000_000  # at most so many held-out characters, always the same, are behind a loss
@@ -201,7 +201,7 @@ class Cfg(metaclass=KnobType):
     SHOWN = 4  # tunes of each kind in best_samples/, with sound and picture
     SAMPLE_CHARS = 0  # where a tune that goes on is cut at a bar line; 0 = 1,200, 4,000 on CUDA
     TEMPERATURE = 0.9  # of sampling
-    BOOTSTRAP = 1_000  # draws behind the intervals of L(N, D)
+    BOOTSTRAP = 1_000  # draws behind the intervals of L(N, D) and of the metrics of music
     TOP_P = 0.98  # sample from the likeliest characters that hold this share of the probability
 
     def __init__(self, **knobs):
@@ -260,6 +260,10 @@ class Cfg(metaclass=KnobType):
         known = {size.name: size for study in reversed(STUDIES.values()) for size in study.ladder}
         known |= {size.name: size for size in STUDIES[self.study].ladder}  # a name may stand in two studies
         chosen = self.MODELS or STUDIES[self.study].ladder
+        kinds = [str, str, int, int, int]
+        rows = [m for m in chosen if not isinstance(m, str)]
+        need(all(isinstance(row, tuple) and [*map(type, row)] in (kinds, kinds[:4]) for row in rows),
+             "a row of MODELS is (family, size, layers, width), for a GPT also its heads")
         unknown = [m for m in chosen if isinstance(m, str) and m not in known]
         need(not unknown, f"MODELS names {unknown}; known are {', '.join(known)}")
         return tuple(known[m] if isinstance(m, str) else Size(*m) for m in chosen)
@@ -296,7 +300,7 @@ class Cfg(metaclass=KnobType):
 
     @property
     def midi_root(self):
-        if self.USE_LOCAL_MIDI and not self.LMD_ZIP_PATH:
+        if self.USE_LOCAL_MIDI:
             return Path(self.LOCAL_MIDI_ROOT)
         return Path(self.MIDI_ROOT or Path(self.DATA_ROOT, "midi"))
 
@@ -320,15 +324,19 @@ class Cfg(metaclass=KnobType):
         need(self.DEVICE != "cuda" or torch.cuda.is_available(),
              "DEVICE is cuda, but torch sees no CUDA GPU; use cpu")
         need(self.SPLIT_BY in ("work", "file"), f"SPLIT_BY is {self.SPLIT_BY!r}; choose work or file")
-        need(self.VAL_FRAC + self.TEST_FRAC <= 0.5,
-             "VAL_FRAC + TEST_FRAC must leave at least half of the data to train")
+        need(self.VAL_FRAC + (self.TEST_FRAC or self.VAL_FRAC) <= 0.5,
+             "VAL_FRAC + TEST_FRAC (0: as VAL_FRAC) must leave at least half of the data to train")
         need(self.batch_tokens % self.seq_len == 0,
              f"BATCH_TOKENS ({self.batch_tokens}) must be a multiple of SEQ_LEN ({self.seq_len})")
         need(self.SEEDS >= 1, "SEEDS must be at least 1")
+        need(self.BOOTSTRAP >= 2 and self.EVAL_TOKENS >= 2, "BOOTSTRAP and EVAL_TOKENS must be at least 2")
+        need(0 < self.TOP_P <= 1 and self.CLIP_NORM > 0, "TOP_P must be in (0, 1], CLIP_NORM above 0")
+        need(self.seq_len >= 8, "SEQ_LEN must be at least 8")
         need(self.BUDGETS and all(isinstance(b, (int, float)) and 0 < b <= 1 for b in self.BUDGETS)
              and max(self.BUDGETS) == 1,
              "BUDGETS are shares of the training tokens in (0, 1], the largest of them 1")
-        need(len(self.BETAS) == 2 and all(0 <= b < 1 for b in self.BETAS), "BETAS are two numbers in [0, 1)")
+        need(len(self.BETAS) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.BETAS),
+             "BETAS are two numbers in [0, 1)")
         need(0 < self.DECAY_FRAC <= 1 and self.WARMUP_FRAC + self.DECAY_FRAC <= 1,
              "DECAY_FRAC must be above 0, and WARMUP_FRAC + DECAY_FRAC at most 1")
         names = Counter(size.name for size in self.ladder)
@@ -403,7 +411,7 @@ def write_json(path, data):
 
 
 def json_default(value):
-    """numpy scalars and arrays, tuples and paths as JSON knows them."""
+    """numpy scalars and arrays, and paths, as JSON knows them."""
     return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
 
 
@@ -411,7 +419,7 @@ def read_json(path, missing=None):
     """The content of a JSON file, or `missing` where there is no such file or it was cut off."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return missing
 
 
@@ -438,7 +446,7 @@ def size_on_disk(path):
     path = Path(path)
     if path.is_dir():
         sizes = [os.path.getsize(os.path.join(base, name))
-                 for base, _, names in os.walk(path) for name in names]
+                 for base, _, names in os.walk(path) for name in names if name[0] != "."]  # .DS_Store
         return [len(sizes), sum(sizes)]
     return path.stat().st_size if path.exists() else None
 
@@ -573,6 +581,8 @@ def check_name(name, suffixes=MIDI_SUFFIXES):
         raise Skip("unsafe path")
     if any(part.startswith((".", "__MACOSX")) for part in parts):
         raise Skip("hidden")  # macOS packs a resource fork ._a.mid with every a.mid
+    if any(part.lower().endswith(".abc") for part in parts[:-1]):
+        raise Skip("in a folder named .abc")  # the text of a.mid is a.mid.abc
     longest = max(len(part.encode("utf-8", "surrogatepass")) for part in parts)
     if len(name) > 400 or longest > 230:  # file systems take 255 bytes, and suffixes are to come
         raise Skip("name too long")
@@ -615,6 +625,8 @@ def read_zip_member(archive, info):
         raise Skip("encrypted")
     if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
         raise Skip("link or device")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
+        raise Skip("packed by another method than deflate")
     try:
         with archive.open(info) as member:
             return member.read(MAX_FILE_BYTES + 1)
@@ -624,6 +636,11 @@ def read_zip_member(archive, info):
 
 class StrictTarInfo(tarfile.TarInfo):
     """tarfile takes a damaged header for the end of the archive, and reads long names of any length."""
+
+    def refuse_sparse(self, *_):
+        raise tarfile.ReadError("a sparse file")  # its map may be of any length
+
+    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = refuse_sparse
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -787,7 +804,7 @@ def dump_members(path, facts):
     for row in progress(dump_rows(path, facts["cleaned"]), "extract", unit="setting"):
         ids = [str(row.get(f"{name}_id") or row.get(name, "")) for name in ("tune", "setting")]
         ids = [number if re.fullmatch("[0-9]{1,9}", number) else "" for number in ids]
-        facts["newest"] = max(facts["newest"], str(row.get("date"))[:10] * all(ids))
+        facts["newest"] = max(facts["newest"], str(row.get("date") or "")[:10] * all(ids))
         yield f"{ids[0] or 0}/{ids[1] or 0}.abc", functools.partial(setting_abc, row, ids, facts["cleaned"])
 
 
@@ -889,6 +906,7 @@ def write_members(members, cfg, suffixes=MIDI_SUFFIXES):
     No fsync, no renaming: what a killed run left half written is in no index, and is written again.
     """
     root, taken = cfg.midi_root, set()
+    need(cfg.abc_root.resolve() != root.resolve(), "MIDI_ROOT and ABC_ROOT are one folder; set one of them")
     marker = root / ".extracted_by_LakhMIDI"  # all beside it is ours to replace
     need(not root.exists() or marker.exists() or not any(root.iterdir()),
          f"{root} holds other files; set MIDI_ROOT to an empty folder, or read them with USE_LOCAL_MIDI")
@@ -919,8 +937,8 @@ def walk(root):
 def index_folder(cfg):
     """The books of LOCAL_MIDI_ROOT, which is only read."""
     root = Path(cfg.LOCAL_MIDI_ROOT).resolve()
-    for knob in ("DATA_ROOT", "SAVE_DIR"):
-        need(not Path(getattr(cfg, knob)).resolve().is_relative_to(root),
+    for knob, path in (("DATA_ROOT", cfg.DATA_ROOT), ("ABC_ROOT", cfg.abc_root), ("SAVE_DIR", cfg.SAVE_DIR)):
+        need(not Path(path).resolve().is_relative_to(root),
              f"{knob} is inside LOCAL_MIDI_ROOT, where nothing is written; move one of them")
 
     def take(name, parts, path):
@@ -1411,7 +1429,7 @@ def write_abc(voices, octaves, key, unit, units, fields, cells):
 
 def score_to_abc(score, notes, voices, cfg):
     """Score and its notes -> dict(abc, n_bars, seconds). Raises Rejected."""
-    if len(notes.pitch) < cfg.MIN_NOTES:
+    if len(notes.pitch) < max(1, cfg.MIN_NOTES):
         raise Rejected("no_notes" if not len(notes.pitch) else "too_few_notes", f"{len(notes.pitch)}")
     length = float((notes.onset + notes.duration).max())
     if length > MAX_BEATS:
@@ -1577,7 +1595,7 @@ class Reader:
                 self.report("open_bracket", text[0] == "[" and text[-1] != "]")
             elif end:
                 self.report("open_tuplet", left > 0)
-                left = 0
+                left, beats, last = 0, 0.0, len(self.rows)
                 self.end_layer(voice, end)
             elif letter:
                 self.change_voice(value) if letter == "V" else self.read_field(letter, value)
@@ -1780,9 +1798,8 @@ def convert_one(data, cfg):
     row = score_to_abc(score, notes, voices, cfg)
     f1 = note_f1(notes, read_abc(row["abc"]).notes)
     drums = np.array([drum for _, drum in voices])[notes.voice]
-    signature = fingerprint(notes, drums).astype("<u4").tobytes().hex()
     return row | {"n_notes": len(notes.pitch), "n_chars": len(row["abc"]), "f1": f1, "n_tracks": len(voices),
-                  "hash": content_hash(notes, drums), "signature": signature}
+                  **identity(notes, drums)}
 
 
 def describe_abc(text, path, cfg):
@@ -1795,12 +1812,11 @@ def describe_abc(text, path, cfg):
         raise Rejected("too_many_chars", f"{len(text)}")
     tune = read_abc(text)
     notes, drums = tune.notes, np.zeros(len(tune.notes.pitch), bool)
-    if len(drums) < cfg.MIN_NOTES:
+    if len(drums) < max(1, cfg.MIN_NOTES):
         raise Rejected("too_few_notes", f"{len(drums)}")
     return {"abc": text, "n_bars": tune.n_bars, "seconds": float((notes.onset + notes.duration).max() / 2),
             "n_notes": len(drums), "n_chars": len(text), "n_tracks": len(tune.voices), "f1": None,
-            "work": Path(path).parent.name, "hash": content_hash(notes, drums),
-            "signature": fingerprint(notes, drums).astype("<u4").tobytes().hex()}
+            "work": Path(path).parent.name, **identity(notes, drums)}
 
 
 # --- what tells one work from another
@@ -1859,6 +1875,12 @@ def fingerprint(notes, drums):
     for start in range(0, len(shingles), 4096):  # bounds the (shingles, NUM_PERM) table of a huge file
         sketch.update_batch(shingles[start : start + 4096].tolist())
     return sketch.hashvalues
+
+
+def identity(notes, drums):
+    """What the rows of report.jsonl hold to tell works apart."""
+    return {"hash": content_hash(notes, drums),
+            "signature": fingerprint(notes, drums).astype("<u4").tobytes().hex()}
 
 
 def convert_file(source, target, cfg):
@@ -1944,7 +1966,7 @@ def resume_journal(journal, recipe, cfg):
     return 0
 
 
-@stage(version=2, knobs="CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", after=extract)
+@stage(version=2, knobs="corpus ABC_ROOT CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", after=extract)
 def convert(cfg):
     """Converts every MIDI file in a worker that may die; every file ends as text or as a counted reason."""
     files = read_json(Path(cfg.DATA_ROOT, "midi_index.json"))["files"]
@@ -2584,7 +2606,9 @@ def join_ranks(cfg):
 
     All of them must see DATA_ROOT and SAVE_DIR, so several machines need a file system in common.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    need(cfg.batch >= ranks, f"{ranks} processes share {cfg.batch} windows per step; raise BATCH_TOKENS")
+    if ranks > 1 and not dist.is_initialized():
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
@@ -2809,9 +2833,10 @@ def train_model(run, vocab, cfg, bar, step_work=1.0):
     if cfg.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer = Trainer(run, vocab, cfg, read_training(vocab, cfg)[0])
-    trainer.restore("resume")
-    bar.update(step_work * trainer.trained / cfg.batch_tokens)
     stops, first = legs(cfg), trainer.rank == 0
+    if not trainer.restore("resume") and first:
+        run.path("log", cfg).unlink(missing_ok=True)
+    bar.update(step_work * trainer.trained / cfg.batch_tokens)
     while trainer.leg < len(stops):
         stop, end = stops[trainer.leg]
         train_leg(trainer, stop, end, bar, step_work)
@@ -2867,13 +2892,15 @@ def train_leg(trainer, stop, end, bar, step_work=1.0):
 
 
 CHECKPOINT_FORMAT = "LakhMIDI model 1"
+TRAIN_VERSION = 2  # raise it when the code trains differently
 # What a run depends on besides its row of the ladder, its seed and the data.
 SHARED_KNOBS = ("train_tokens batch_tokens seq_len BUDGETS LR LR_ADAM BETAS WEIGHT_DECAY CLIP_NORM "
                 "WARMUP_FRAC DECAY_FRAC EVAL_TOKENS device")
 
 
 def run_recipe(run, cfg):
-    return digest([run, {knob: getattr(cfg, knob) for knob in SHARED_KNOBS.split()}, tokenize.recipe(cfg)])
+    knobs = {knob: getattr(cfg, knob) for knob in SHARED_KNOBS.split()}
+    return digest([run, knobs, TRAIN_VERSION, tokenize.recipe(cfg)])
 
 
 def read_tokens(split, vocab, cfg):
@@ -2933,10 +2960,10 @@ def seconds_per_step(run, vocab_size, cfg):
     for _ in range(2):
         began = time.perf_counter()
         trainer.train_step(0.0).item()  # .item() waits for the GPU
-    return (time.perf_counter() - began) / share
+    return (time.perf_counter() - began) / share / rank_and_ranks()[1]
 
 
-@stage(version=2, knobs=SHARED_KNOBS + " ladder SEEDS SEED", after=tokenize, root="SAVE_DIR")
+@stage(version=TRAIN_VERSION, knobs=SHARED_KNOBS + " ladder SEEDS SEED", after=tokenize, root="SAVE_DIR")
 def train(cfg):
     """Trains every model of the study on the same characters in the same order, from small to large."""
     vocab, runs = read_vocab(cfg), planned_runs(cfg)
@@ -2973,6 +3000,9 @@ def state_prediction_first(run, runs, cfg):
     path, largest = Path(cfg.SAVE_DIR, "prediction.json"), family[-1].size
     if run.size != largest or run is not next(r for r in family if r.size == largest):
         return
+    before = read_json(path, {}).get(run.size.family, {})
+    if run.path("resume", cfg).exists() and before.get("recipe") == run_recipe(run, cfg):
+        return  # stated before that run was interrupted
     rows = [record["rows"][-1] for r in family if r.size != largest and (record := finished(r, cfg))]
     points = {"N": [row["n_fit"] for row in rows], "L": [row["val_loss"] for row in rows]}
     n = count_params(build_model(largest, len(read_vocab(cfg).chars), cfg))["n_fit"]
@@ -3032,7 +3062,7 @@ def check_points(N, L, seed_sd=None, least=4):
     need(np.isfinite([N, L]).all(), "a size or a loss is missing or not finite: leave it out")
     need((N > 0).all() and (L > 0).all(), "sizes and losses must be positive")
     sizes = len(np.unique(N))
-    need(sizes >= least, f"a power law with an offset needs at least four sizes, this table has {sizes}")
+    need(sizes >= least, f"a power law with an offset needs at least {least} sizes, this table has {sizes}")
     sd = np.broadcast_to(np.asarray(1.0 if seed_sd is None else seed_sd, float), L.shape)
     need(np.isfinite(sd).all() and (sd > 0).all(), "seed_sd, the noise of log L, must be a positive number")
     x, y = np.log(N) - np.log(N.min()), np.log(L)
@@ -3551,7 +3581,7 @@ def fit_family(runs, stated, n_boot):
     hours = (0.25, 1, 4, 24) if surface["status"] in BELIEVED and rate else ()
     rows = frontier_of(runs, surface, [3600 * h * rate for h in hours]) if hours else ()
     out["frontier"] = [{"hours": h, **row} for h, row in zip(hours, rows, strict=True)]
-    if stated and stated.get("predicted"):
+    if stated and stated.get("predicted") and stated["n"] == N.max():
         out["prediction"] = with_outcome(stated, L[N == N.max()])
     return out
 
@@ -3591,6 +3621,8 @@ def fit(cfg):
         table = csv.DictWriter(file, list(study["runs"][0]))
         table.writeheader()
         table.writerows(study["runs"])
+    for name in STYLES:  # of a family that is no longer in the study
+        (folder / f"{name}_scaling.png").unlink(missing_ok=True)
     for name, figure in figures.items():
         with atomic_path(folder / f"{name}.png") as path:
             figure.savefig(path, format="png", dpi=150)
@@ -4315,9 +4347,9 @@ STEP_CODES = np.random.default_rng(0).integers(2**63, size=256, dtype=np.uint64)
 
 # --- loss where it matters
 
-KIND = re.compile(r"(?P<header>\0[^\[]*)|(?P<voice_tag>\[V:\d+\])|(?P<other>\[[A-Z]:[^]]*\]|\(\d(?:::\d)?)"
-                  r"|(?P<accidental>[_^=]+)|(?P<pitch>[A-Ga-g][,']*)|(?P<length>[\d/]+)|(?P<rest>[zZ])"
-                  r"|(?P<bar>[|\n]+)|(?P<end>\x01)")
+KIND = re.compile(r"(?P<header>\0(?:(?:[A-Z]:|%%)[^\n]*\n)*)|(?P<voice_tag>\[V:\d+\])"
+                  r"|(?P<other>\[[A-Z]:[^]]*\]|\(\d(?:::\d)?)|(?P<accidental>[_^=]+)|(?P<pitch>[A-Ga-g][,']*)"
+                  r"|(?P<length>[\d/]+)|(?P<rest>[zZ])|(?P<bar>[|\n]+)|(?P<end>\x01)")
 KINDS = ("header", "pitch", "accidental", "length", "rest", "bar", "voice_tag", "end", "other")
 
 
@@ -4582,18 +4614,20 @@ def engrave(text):
 
 # --- on demand: python LakhMIDI.py --sample 8 --prompt mine.mid
 
-def read_prompt(prompt, cfg):
+def read_prompt(prompt, cfg, native=False):
     """A prompt in the notation of the models: ABC text as it is, an .abc or MIDI file converted.
+
+    `native`: the models write ABC as it was found, not that of the converter: an .abc file stays as it is.
 
     The last bar of a file is left out: a tune that has come to its close would be followed by its end.
     """
     path = Path(prompt)
-    if "\n" in prompt or path.suffix.lower() not in (".abc", ".mid", ".midi", ".kar"):
+    if "\n" in prompt or path.suffix.lower() not in (".abc", *MIDI_SUFFIXES):
         return prompt.replace("\\n", "\n")
     need(path.is_file(), f"there is no file {prompt}")
     try:
         text = path.read_text("utf-8", "replace") if path.suffix.lower() == ".abc" else midi_to_abc(path, cfg)
-        text = text if "[V:" in text else midi_to_abc(abc_to_midi(text), cfg)
+        text = text if native or "[V:" in text else midi_to_abc(abc_to_midi(text), cfg)
     except Rejected as reject:
         raise UserError(f"{prompt} holds no music to go on from ({reject})") from reject
     return whole_bars(text.rstrip()[:-1]) or text
@@ -4605,7 +4639,9 @@ def compose(cfg, count, prompt="", constrained=False):
     need(runs, f"there is no trained model in {cfg.SAVE_DIR}; run the study first")
     best = min((row for row in runs if row["main"]), key=lambda row: row["val_loss"])
     model, vocab, _ = load(Path(cfg.SAVE_DIR, best["checkpoint"]), cfg.device)
-    prompt, folder = read_prompt(prompt, cfg), Path(cfg.SAVE_DIR, "my_samples")
+    native = read_json(cfg.tokens_root / "stats.json", {}).get("round_trip_f1", 1) is None  # came as ABC
+    need(not (native and constrained), "--constrained knows only the notation that convert writes")
+    prompt, folder = read_prompt(prompt, cfg, native), Path(cfg.SAVE_DIR, "my_samples")
     folder.mkdir(exist_ok=True)
     tunes = sample(model, vocab, [prompt] * count, max_chars=cfg.sample_chars, temperature=cfg.TEMPERATURE,
                    top_p=cfg.TOP_P, seed=cfg.SEED, constrained=constrained)
@@ -4949,7 +4985,7 @@ def parse_flags(argv):
     add("--from", dest="first", default=names[0], help="start with this stage", **stages)
     add("--to", dest="last", default=names[-1], help="stop after this one", **stages)
     add("--only", help=f"one of {', '.join(names)}", **stages)
-    add("--force", action="store_true", help="run the chosen stages even where they are up to date")
+    add("--force", action="store_true", help="run the chosen stages again; train keeps its finished models")
     add("--status", action="store_true", help="say what is done and what is stale, and stop")
     add("--plan", metavar="BUDGET", help="print the best N and D for 2h, 90m or 1e18 FLOPs, and stop")
     add("--sample", type=int, default=0, metavar="N", help="write N tunes by the best model, and stop")
@@ -5015,10 +5051,13 @@ def main(argv=None):
             for one in STAGES:
                 print(f"{one.__name__:9s} {one.status(cfg)}")
             return 0
-        if join_ranks(cfg) > 0:
-            follow(cfg)
+        need(flags.sample or not (flags.prompt or flags.constrained),
+             "--prompt and --constrained go with --sample N")
         if flags.sample:
             compose(cfg, flags.sample, flags.prompt, flags.constrained)
+            return 0
+        if join_ranks(cfg) > 0:
+            follow(cfg)
             return 0
         banner(cfg)
         if not run_stages(cfg, flags.only or flags.first, flags.only or flags.last, flags.force):

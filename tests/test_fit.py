@@ -390,7 +390,15 @@ def fitted(tmp_path_factory):
     study.write_json(folder / "training_curves.json", curves)
     study.write_json(
         folder / "prediction.json",
-        {"gpt": {"n": 1e8, "predicted": 0.45, "lo": 0.44, "hi": 0.46, "reason": ""}},
+        {
+            "gpt": {
+                "n": max(row["n_fit"] for row in rows if row["family"] == "gpt"),
+                "predicted": 0.45,
+                "lo": 0.44,
+                "hi": 0.46,
+                "reason": "",
+            }
+        },
     )
     study.fit.__wrapped__(Cfg(SAVE_DIR=folder, BOOTSTRAP=12))
     return folder
