@@ -262,7 +262,7 @@ class Cfg(metaclass=KnobType):
         chosen = self.MODELS or STUDIES[self.study].ladder
         kinds = [str, str, int, int, int]
         rows = [m for m in chosen if not isinstance(m, str)]
-        need(all(isinstance(row, tuple) and [*map(type, row)] in (kinds, kinds[:4]) for row in rows),
+        need(all(isinstance(row, (tuple, list)) and [*map(type, row)] in (kinds, kinds[:4]) for row in rows),
              "a row of MODELS is (family, size, layers, width), for a GPT also its heads")
         unknown = [m for m in chosen if isinstance(m, str) and m not in known]
         need(not unknown, f"MODELS names {unknown}; known are {', '.join(known)}")

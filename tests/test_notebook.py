@@ -28,7 +28,7 @@ def knobs_cell(notebook):
 
 def test_it_calls_the_stages_in_order_and_defines_nothing(notebook):
     source = "\n".join(re.sub(r"^\s*!.*", "", cell.source, flags=re.M) for cell in code_cells(notebook))
-    assert re.findall(r"^LakhMIDI\.(\w+)\(cfg\)$", source, re.M) == [
+    assert re.findall(r"^LakhMIDI\.(\w+)\(cfg\);?$", source, re.M) == [
         "banner",
         *(s.__name__ for s in study.STAGES),
     ]
@@ -49,7 +49,7 @@ def test_its_knobs_are_those_of_the_script(notebook):
 
 def test_a_stage_is_introduced_and_its_results_are_shown(notebook):
     for i, cell in enumerate(notebook.cells):
-        if re.fullmatch(r"LakhMIDI\.\w+\(cfg\)", cell.source):
+        if re.fullmatch(r"LakhMIDI\.\w+\(cfg\);", cell.source):
             assert notebook.cells[i - 1].cell_type == "markdown"
             assert notebook.cells[i + 1].cell_type == "code"
 
