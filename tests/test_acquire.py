@@ -183,6 +183,19 @@ def test_bomb_behind_the_end_of_a_tar(extract, tmp_path, monkeypatch):
         extract(LMD_ZIP_PATH=path)
 
 
+def test_members_that_unpack_without_a_bound(extract, tmp_path):
+    with zipfile.ZipFile(tmp_path / "z", "w") as archive:
+        archive.writestr("ok.mid", MIDI)
+        archive.writestr("bz.mid", MIDI, zipfile.ZIP_BZIP2)
+    books = extract(LMD_ZIP_PATH=tmp_path / "z")
+    assert books["files"] == ["ok.mid"] and books["skipped"] == {"packed by another method than deflate": 1}
+    info = tarfile.TarInfo("sparse.mid")
+    info.type = tarfile.GNUTYPE_SPARSE
+    (tmp_path / "t").write_bytes(info.tobuf() + bytes(1024))
+    with pytest.raises(UserError, match="sparse"):
+        extract(LMD_ZIP_PATH=tmp_path / "t")
+
+
 def test_huge_long_name_header(extract, tmp_path):
     info = tarfile.TarInfo("././@LongLink")
     info.type = tarfile.GNUTYPE_LONGNAME
