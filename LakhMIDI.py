@@ -4531,7 +4531,9 @@ def evaluate(cfg):
         "real_run_95": limit, "music": table})
     for row in table:
         if row["run"] in ("real", best):
-            say(f"  {row['run']:12s} {row['kind']:12s} {row['valid']['value']:.0%} of {row['n']} tunes valid")
+            whole = row["valid_or_cut"]["value"]
+            say(f"  {row['run']:12s} {row['kind']:12s} {row['valid']['value']:.0%} of {row['n']} tunes valid, "
+                f"{whole:.0%} as far as they went in {cfg.sample_chars:,} characters")
     return [save / "evaluation.json", save / "samples.jsonl", *(save / folder for folder in SAMPLE_FOLDERS)]
 
 
@@ -4607,7 +4609,8 @@ def engrave(text):
     score = music21_score(text)
     for bar in score.recurse().getElementsByClass("Measure"):  # the strict export marks all notes: too many
         bar.makeAccidentals(inPlace=True, overrideStatus=True, cautionaryNotImmediateRepeat=False)
-    xml = music21.musicxml.m21ToXml.GeneralObjectExporter(score).parse()
+    with contextlib.redirect_stderr(io.StringIO()):  # it comments on every voice beyond 16
+        xml = music21.musicxml.m21ToXml.GeneralObjectExporter(score).parse()
     page.loadData(xml.decode())
     return re.sub(r">\s+<", "><", page.renderToSVG(1))
 
