@@ -4531,8 +4531,8 @@ def evaluate(cfg):
         "real_run_95": limit, "music": table})
     for row in table:
         if row["run"] in ("real", best):
-            whole = row["valid_or_cut"]["value"]
-            say(f"  {row['run']:12s} {row['kind']:12s} {row['valid']['value']:.0%} of {row['n']} tunes valid, "
+            valid, whole = row["valid"]["value"], row["valid_or_cut"]["value"]
+            say(f"  {row['run']:12s} {row['kind']:12s} {valid:.0%} of {row['n']} tunes valid, "
                 f"{whole:.0%} as far as they went in {cfg.sample_chars:,} characters")
     return [save / "evaluation.json", save / "samples.jsonl", *(save / folder for folder in SAMPLE_FOLDERS)]
 
