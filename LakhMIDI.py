@@ -166,7 +166,7 @@ class Cfg(metaclass=KnobType):
     ABC_ROOT = ""  # converted ABC files; empty = DATA_ROOT/abc
     SAVE_DIR = "runs_lakh"  # checkpoints, figures, samples, report
     # --- conversion and tokens
-    WORKERS = 0  # conversion processes; 0 = one per core
+    WORKERS = 0  # conversion processes of each rank; 0 = one per core
     CONVERT_TIMEOUT = 60.0  # seconds that one MIDI file may take before it is given up
     MAX_ABC_CHARS = 300_000  # a longer tune is rejected: a few loops would otherwise fill the corpus
     MIN_NOTES = 8  # a shorter tune is rejected
@@ -315,7 +315,8 @@ class Cfg(metaclass=KnobType):
     @property
     def workers(self):
         linux = hasattr(os, "sched_getaffinity")  # which knows the cores that this process may use
-        return self.WORKERS or (len(os.sched_getaffinity(0)) if linux else os.cpu_count())
+        cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
+        return self.WORKERS or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a torchrun
 
     def check(self):
         """Raises UserError for knobs that are each of the right type and make no sense together."""
@@ -1946,50 +1947,74 @@ def read_rows(path):
         yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
 
-def resume_journal(journal, recipe, cfg):
-    """How many files the journal of an interrupted conversion holds; a last line that was cut off is removed.
-
-    The journal of another recipe, and the report of an earlier conversion, go with the texts that they list.
+def open_journals(recipe, cfg):
+    """What the conversion has done, one file for each process of a torchrun: kept if this recipe and so many
+    processes wrote them all, else removed with the texts that they or an earlier report list.
     """
-    rows = read_rows(journal)
-    if next(rows, None) == recipe:
-        done = sum(1 for _ in rows)
-        with open(journal, "rb+") as file:
-            file.truncate(sum(len(line) for line in itertools.islice(file, done + 1)))
-        return done
-    for path in (journal, cfg.abc_root / "report.jsonl"):
+    journals = journal_paths(cfg)
+    if all(next(read_rows(path), None) == recipe for path in journals):
+        return journals
+    for path in (*cfg.abc_root.glob("journal*.jsonl"), cfg.abc_root / "report.jsonl"):
         for row in read_rows(path):
             if "abc" in row:
                 Path(cfg.abc_root, row["abc"]).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-    write_text(journal, json.dumps(recipe) + "\n")
-    return 0
+    for path in journals:
+        write_text(path, json.dumps(recipe) + "\n")
+    return journals
+
+
+def journal_paths(cfg):
+    ranks = rank_and_ranks()[1]
+    return [cfg.abc_root / f"journal_{rank}_of_{ranks}.jsonl" for rank in range(ranks)]
+
+
+def convert_share(cfg):
+    """Converts what is left of every n-th file, in one of n processes."""
+    rank, ranks = rank_and_ranks()
+    files, journal = midi_files(cfg)[rank::ranks], journal_paths(cfg)[rank]
+    done = sum(1 for _ in read_rows(journal)) - 1  # the first line is the recipe
+    with open(journal, "rb+") as file:  # a last line may have been cut off
+        file.truncate(sum(len(line) for line in itertools.islice(file, done + 1)))
+    with open(journal, "a", encoding="utf-8", buffering=1, newline="\n") as out:  # line by line
+        rows = progress(convert_all(files[done:], cfg), "convert", len(files), "file", initial=done,
+                        disable=rank > 0)
+        for file, row in zip(files[done:], rows, strict=True):
+            out.write(json.dumps({"file": file, **row}) + "\n")
+    wait_for_ranks()
+
+
+def midi_files(cfg):
+    return read_json(Path(cfg.DATA_ROOT, "midi_index.json"))["files"]
+
+
+def converted(journals):
+    """The rows of all journals in the order of the files."""
+    shares = [itertools.islice(read_rows(path), 1, None) for path in journals]
+    return (row for rows in itertools.zip_longest(*shares) for row in rows if row)
 
 
 @stage(version=2, knobs="corpus ABC_ROOT CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", after=extract)
 def convert(cfg):
     """Converts every MIDI file in a worker that may die; every file ends as text or as a counted reason."""
-    files = read_json(Path(cfg.DATA_ROOT, "midi_index.json"))["files"]
-    report, journal = cfg.abc_root / "report.jsonl", cfg.abc_root / "journal.jsonl"
-    done = resume_journal(journal, convert.recipe(cfg), cfg)
-    with open(journal, "a", encoding="utf-8", buffering=1, newline="\n") as out:  # line by line
-        rows = progress(convert_all(files[done:], cfg), "convert", len(files), "file", initial=done)
-        for file, row in zip(files[done:], rows, strict=True):
-            out.write(json.dumps({"file": file, **row}) + "\n")
-    reasons = Counter(row.get("reason", "") for row in itertools.islice(read_rows(journal), 1, None))
-    accepted = reasons.pop("", 0)
-    need(len(files) == accepted + reasons.total(), "the books of the conversion do not balance")
+    report, journals = cfg.abc_root / "report.jsonl", open_journals(convert.recipe(cfg), cfg)
+    from_rank_0(convert.__name__)
+    convert_share(cfg)
+    reasons = Counter(row.get("reason", "") for row in converted(journals))
+    files, accepted = reasons.total(), reasons.pop("", 0)
+    need(files == len(midi_files(cfg)), "the books of the conversion do not balance")
     need(accepted, f"no MIDI file became ABC: {dict(reasons)}")
     signatures = np.lib.format.open_memmap(cfg.abc_root / "signatures.npy", "w+", "<u4", (accepted, NUM_PERM))
     with atomic_path(report) as partial, open(partial, "w", encoding="utf-8", newline="\n") as out:
         place = itertools.count()
-        for row in itertools.islice(read_rows(journal), 1, None):
+        for row in converted(journals):
             if "signature" in row:
                 signatures[next(place)] = np.frombuffer(bytes.fromhex(row.pop("signature")), "<u4")
             out.write(json.dumps(row) + "\n")
     signatures.flush()
-    journal.unlink()
-    say(f"convert   {accepted:,} of {len(files):,} files became ABC; "
+    for journal in journals:
+        journal.unlink()
+    say(f"convert   {accepted:,} of {files:,} files became ABC; "
         f"rejected: {dict(reasons.most_common()) or 'none'}")
     return [report, cfg.abc_root]
 
@@ -2288,8 +2313,20 @@ def rms_norm(x):
 
 def rotary(x, cos, sin):
     """Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864) for x (B, heads, T, width)."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos + right * sin, right * cos - left * sin], dim=-1)
+
+
+def attention(q, k, v):
+    """Causal attention of the last T characters (B, heads, T, width) to the S >= T characters of k and v."""
+    T, S = q.size(2), k.size(2)
+    if q.is_cuda or q.dtype == torch.float32:
+        later = S > T > 1  # several characters after others: is_causal would shift the mask
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if later else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == T > 1)
+    mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # bfloat16 on a CPU: a third of the time of the above
+    return (q * q.size(-1)**-0.5 @ k.mT + mask).softmax(-1) @ v
 
 
 class Block(nn.Module):
@@ -2308,15 +2345,13 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, past=None, length=0):  # x (B, T, C)
         B, T, C = x.shape
-        q, k, v = self.qkv(rms_norm(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        # normalised queries and keys bound the logits at high learning rates (https://arxiv.org/abs/2302.05442)
-        q, k = (rotary(rms_norm(y), cos, sin).to(v.dtype) for y in (q, k))
+        qk, v = self.qkv(rms_norm(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4).split((2, 1))
+        q, k = rotary(qk, cos, sin)
+        k, v = rms_norm(k).to(v.dtype), v[0]  # keys of one length keep the logits in bounds
         if past is not None:
             past[0, :, :, length:length + T], past[1, :, :, length:length + T] = k, v
             k, v = past[:, :, :, :length + T]
-        later = length > 0 and T > 1  # several characters after others: is_causal would shift the mask
-        mask = torch.ones(T, length + T, dtype=torch.bool, device=x.device).tril(length) if later else None
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=length == 0 and T > 1)
+        y = attention(q, k, v)
         x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.mlp(rms_norm(x))
 
@@ -2354,7 +2389,7 @@ class GPT(nn.Module):
         span, last, shifted = slice(start, start + x.size(1)), x[:, -1:], torch.cat([last, x[:, :-1]], dim=1)
         x = rms_norm(x + self.before * shifted)
         for block, kv in zip(self.blocks, past, strict=True):
-            x = block(x, self.cos[span].to(x.dtype), self.sin[span].to(x.dtype), kv, start)
+            x = block(x, self.cos[span], self.sin[span], kv, start)
         return self.head(rms_norm(x)), state and [span.stop, past, last]
 
     def matmul_params(self):
@@ -2493,9 +2528,12 @@ def batch_starts(n_tokens, seq_len, batch, step, seed):
     return starts
 
 
-def windows(tokens, starts, length):
-    """(len(starts), length) int64 from a memory map."""
-    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
+def windows(tokens, starts, length, device):
+    """(len(starts), length) int64 from a memory map, on its way to `device`."""
+    chunk = torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
+    if torch.device(device).type == "cuda":
+        chunk = chunk.pin_memory()  # or the copy would wait until the GPU has done all before it
+    return chunk.to(device, non_blocking=True)
 
 
 def has_bfloat16(cfg):
@@ -2534,7 +2572,7 @@ def token_losses(model, tokens, cfg):
     losses, batch = [], max(1, EVAL_BATCH // T)
     model.eval()
     for i in range(0, n, batch * T):
-        chunk = windows(padded, np.arange(i, min(i + batch * T, n), T), T + 1).to(device)
+        chunk = windows(padded, np.arange(i, min(i + batch * T, n), T), T + 1, device)
         with precision:
             logits = model(chunk[:, :-1])[0]
         loss = F.cross_entropy(logits.float().flatten(0, 1), chunk[:, 1:].flatten(), reduction="none")
@@ -2638,10 +2676,19 @@ def sum_over_ranks(parameters, loss):
     return message[0]
 
 
+def wait_for_ranks():
+    """Goes on when all ranks have come here."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))
+
+
 def follow(cfg):
-    """What a rank other than 0 does: its share of the runs that rank 0 names, until it names no more."""
-    while (name := from_rank_0()) is not None:
-        run = next(run for run in planned_runs(cfg) if run.name == name)
+    """What a rank other than 0 does: its share of what rank 0 names, until that names no more."""
+    while (order := from_rank_0()) is not None:
+        if order == convert.__name__:
+            convert_share(cfg)
+            continue
+        run = next(run for run in planned_runs(cfg) if run.name == order)
         with tqdm(disable=True) as bar:
             train_model(run, read_vocab(cfg), cfg, bar)
     leave_ranks()
@@ -2717,7 +2764,7 @@ class Trainer:
         cfg = self.cfg
         starts = batch_starts(len(self.train_data), cfg.seq_len, cfg.batch, self.step, self.run.seed)
         starts = np.array_split(starts, self.ranks)[self.rank]
-        loss = self.gradients(windows(self.train_data, starts, cfg.seq_len + 1).to(cfg.device))
+        loss = self.gradients(windows(self.train_data, starts, cfg.seq_len + 1, cfg.device))
         if self.ranks > 1:
             loss = sum_over_ranks(self.model.parameters(), loss)
         for optimizer, peak in zip(self.optimizers, (cfg.LR, cfg.LR_ADAM), strict=True):
@@ -5046,6 +5093,8 @@ def main(argv=None):
     try:
         cfg, flags = parse_flags(argv)
         cfg.check()
+        if (flags.plan or flags.status or flags.sample) and os.environ.get("RANK", "0") != "0":
+            return 0  # a rank of a torchrun that has nothing to share
         if flags.plan:
             plan(cfg, flags.plan)
             return 0

@@ -17,15 +17,15 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo here")
 
 
-def train_command(smoke, save_dir, processes=1, **knobs):
-    """The training of a tiny model of each family on the tokens of the smoke study, by so many processes."""
+def command_for(smoke, save_dir, stages=("--only", "train"), processes=1, **knobs):
+    """One stage, the training of a tiny model of each family on the smoke study, by so many processes."""
     knobs = {"STUDY": "smoke", "DEVICE": "cpu", "DATA_ROOT": smoke.DATA_ROOT,
              "LMD_ZIP_PATH": smoke.LMD_ZIP_PATH, "MAX_MIDI_FILES": smoke.MAX_MIDI_FILES,
              "EVAL_TOKENS": smoke.EVAL_TOKENS, "SAVE_DIR": save_dir, "MODELS": "gpt_8w,lstm_10w",
              "TRAIN_TOKENS_TARGET": 44_800, "BATCH_TOKENS": 448, **knobs}  # 7 windows: unequal shares
     flags = [text for name, value in knobs.items() for text in (f"--{name}", str(value))]
     program = [sys.executable] if processes == 1 else TORCHRUN
-    return [*program, str(ROOT / "LakhMIDI.py"), "--only", "train", *flags]
+    return [*program, str(ROOT / "LakhMIDI.py"), *stages, *flags]
 
 
 def losses(save_dir):
@@ -43,12 +43,22 @@ def run_to_the_end(command):
 def alone(smoke, tmp_path_factory):
     """The losses that one process reaches."""
     save_dir = tmp_path_factory.mktemp("alone")
-    run_to_the_end(train_command(smoke, save_dir))
+    run_to_the_end(command_for(smoke, save_dir))
     return losses(save_dir)
 
 
+def test_two_processes_convert_what_one_does(smoke, tmp_path):
+    said = run_to_the_end(command_for(smoke, tmp_path / "runs", ("--to", "convert"), processes=2,
+                                      DATA_ROOT=tmp_path / "data", WORKERS=1))
+    assert said.count("files became ABC") == 1
+    ours, theirs = (Path(root, "abc") for root in (tmp_path / "data", smoke.DATA_ROOT))
+    for name in ("report.jsonl", "signatures.npy"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in theirs.iterdir())
+
+
 def test_two_processes_reach_the_losses_of_one(smoke, alone, tmp_path):
-    said = run_to_the_end(train_command(smoke, tmp_path, processes=2))
+    said = run_to_the_end(command_for(smoke, tmp_path, processes=2))
     assert said.count("gpt_8w") == 1  # one of the two speaks
     together = losses(tmp_path)
     assert together.keys() == alone.keys() and len(together) == 6
@@ -57,7 +67,7 @@ def test_two_processes_reach_the_losses_of_one(smoke, alone, tmp_path):
 
 
 def test_a_lost_process_ends_the_run_and_the_next_one_goes_on(smoke, alone, tmp_path):
-    command = train_command(smoke, tmp_path, processes=2, SAVE_EVERY_S=0)
+    command = command_for(smoke, tmp_path, processes=2, SAVE_EVERY_S=0)
     with open(tmp_path / "out", "w") as out:
         torchrun = subprocess.Popen(command, env=ENVIRONMENT, stdout=out, stderr=out, start_new_session=True)
     try:
@@ -72,7 +82,7 @@ def test_a_lost_process_ends_the_run_and_the_next_one_goes_on(smoke, alone, tmp_
         if torchrun.poll() is None:
             os.killpg(torchrun.pid, signal.SIGKILL)
     assert not (tmp_path / "scaling_results.json").exists()
-    run_to_the_end(train_command(smoke, tmp_path))
+    run_to_the_end(command_for(smoke, tmp_path))
     assert losses(tmp_path).keys() == alone.keys()
     for run, loss in losses(tmp_path).items():
         assert loss == pytest.approx(alone[run], rel=1e-3), run

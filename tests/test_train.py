@@ -1,5 +1,10 @@
 """Models and training: what is counted is there, what is interrupted goes on, what is measured is whole."""
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,32 +134,24 @@ def test_the_loss_counts_every_character_once_whatever_the_batch(tiny, family, m
     assert mean == pytest.approx(losses.mean(), rel=1e-6) and 0 < error < mean
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("name", ["gpt_8w", "lstm_10w"])
-def test_an_interrupted_run_ends_with_the_same_bits(tiny, name, monkeypatch):
-    cfg, vocab = tiny
-    monkeypatch.setattr(study, "run_recipe", lambda run, cfg: "one recipe")
-    run = next(run for run in study.planned_runs(cfg) if run.name == name)
-    with tqdm(disable=True) as bar:
-        study.train_model(run, vocab, cfg, bar)
-        whole = torch.load(run.path("model", cfg), weights_only=True)
-        record = study.read_json(run.path("record", cfg))
-        run.path("model", cfg).unlink()
-        step = study.Trainer.train_step
-        for stop_at in (3, 7, 11, 17):  # on the trunk, in branches, and once more after a resume
-            def dying_step(self, share, stop_at=stop_at):
-                if self.trained >= stop_at * 64:
-                    raise KeyboardInterrupt
-                return step(self, share)
-            monkeypatch.setattr(study.Trainer, "train_step", dying_step)
-            with pytest.raises(KeyboardInterrupt):
-                study.train_model(run, vocab, cfg, bar)
-        monkeypatch.setattr(study.Trainer, "train_step", step)
-        study.train_model(run, vocab, cfg, bar)
-    again = torch.load(run.path("model", cfg), weights_only=True)
-    assert all(torch.equal(whole["model"][key], again["model"][key]) for key in whole["model"])
-    resumed = study.read_json(run.path("record", cfg))
-    assert [row["val_loss"] for row in resumed["rows"]] == [row["val_loss"] for row in record["rows"]]
-    assert resumed["curve"]["train_loss"] == record["curve"]["train_loss"]
+def test_a_run_killed_ten_times_ends_with_the_same_bits(tiny, name):
+    cfg, _ = tiny
+    weights, losses, curves = [], [], []
+    for kills in (0, 10):
+        folder = Path(cfg.SAVE_DIR, str(kills))
+        knobs = {knob: getattr(cfg, knob) for knob in study.knob_names()}
+        knobs = json.dumps({**knobs, "SAVE_DIR": folder, "TRAIN_TOKENS_TARGET": 64 * 1_000}, default=str)
+        command = [sys.executable, Path(__file__).with_name("killed_training.py"), knobs, name, str(kills)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        weights.append(torch.load(folder / f"{name}.pt")["model"])
+        record = study.read_json(folder / f"runs/{name}.json")
+        losses.append([row["val_loss"] for row in record["rows"]])
+        curves.append(record["curve"]["train_loss"])
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert losses[0] == losses[1] and len(losses[0]) == 3 and curves[0] == curves[1]
 
 
 def test_budgets_end_decayed_and_only_the_last_is_main(tiny, monkeypatch):
