@@ -144,18 +144,26 @@ def one_matrix(model):
         vars(p).pop("stacked", None)
 
 
-def blind_to_the_last(model):
-    del model.before
-    model.register_buffer("before", torch.zeros(model.size.width))
+def unmixed(model):
+    for block in model.blocks:
+        mix = torch.zeros_like(block.mix)
+        mix[-1] = 1
+        del block.mix
+        block.register_buffer("mix", mix)
 
 
 def nothing(*args):
     return contextlib.nullcontext()
 
 
-def without_qk_norm():
+def without_key_norm():
     norm = study.rms_norm
     return patch.object(study, "rms_norm", lambda x: x if x.dim() == 4 else norm(x))
+
+
+def query_norm_too():
+    attention, norm = study.attention, study.rms_norm
+    return patch.object(study, "attention", lambda q, k, v: attention(norm(q).to(v.dtype), k, v))
 
 
 def rotary_off():
@@ -181,8 +189,9 @@ def adamw():
 # (name, families, how, knobs)
 ABLATIONS = [
     ("the recipe", "gpt lstm", nothing, {}),
-    ("no character before", "gpt", lambda: changed_model(blind_to_the_last), {}),
-    ("no QK-norm", "gpt", without_qk_norm, {}),
+    ("no mixed characters", "gpt", lambda: changed_model(unmixed), {}),
+    ("no norm of keys", "gpt", without_key_norm, {}),
+    ("norm of queries too", "gpt", query_norm_too, {}),
     ("learned positions", "gpt", rotary_off, {}),
     ("GELU", "gpt", gelu_mlp, {}),
     ("no zero init", "gpt lstm", full_init, {}),

@@ -38,7 +38,7 @@ def test_parameter_counts_by_formula(family):
         if size.family == family:
             model = study.build_model(size, 60, cfg)
             counts = study.count_params(model)
-            vectors = 8 * size.layers if family == "lstm" else 1  # biases; the weight of the character before
+            vectors = size.layers * (8 if family == "lstm" else 4)  # biases, weights of mixed characters
             assert counts["n_fit"] == model.matmul_params() + vectors * size.width
             assert counts["n_params"] == counts["n_fit"] + 60 * size.width
 
