@@ -2313,28 +2313,30 @@ def rms_norm(x):
 
 def rotary(x, cos, sin):
     """Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864) for x (B, heads, T, width)."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat([left * cos + right * sin, right * cos - left * sin], dim=-1)
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.size(-1) // 2, dims=-1), sin.to(x.dtype))
 
 
 def attention(q, k, v):
     """Causal attention of the last T characters (B, heads, T, width) to the S >= T characters of k and v."""
     T, S = q.size(2), k.size(2)
-    if q.is_cuda or q.dtype == torch.float32:
-        later = S > T > 1  # several characters after others: is_causal would shift the mask
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if later else None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == T > 1)
-    mask = q.new_full((T, S), -math.inf).triu(S - T + 1)  # bfloat16 on a CPU: a third of the time of the above
-    return (q * q.size(-1)**-0.5 @ k.mT + mask).softmax(-1) @ v
+    if not q.is_cuda and q.dtype == torch.bfloat16:  # a third of the time of torch's own on a CPU
+        return (q * q.size(-1)**-0.5 @ k.mT).add_(later(T, S, q.dtype)).softmax(-1) @ v
+    mask = later(T, S, q.dtype).to(q.device) if S > T > 1 else None  # is_causal would start in its corner
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == T > 1)
+
+
+@functools.lru_cache(maxsize=4)
+def later(T, S, dtype):
+    """(T, S): minus infinity where a character would see one that comes after it, else 0."""
+    return torch.full((T, S), -math.inf, dtype=dtype).triu(S - T + 1)
 
 
 class Block(nn.Module):
     """Pre-norm attention and squared-ReLU MLP (So et al. 2021, https://arxiv.org/abs/2109.08668).
 
-    What goes in is a weighted sum of the present character and the three before it, a short causal convolution
-    (as in https://arxiv.org/abs/2312.00752): attention can then find at once what followed the same few
-    characters last time.
+    What goes in is a weighted sum of the present character and the three before it, a short causal
+    convolution (as in https://arxiv.org/abs/2312.00752): attention can then find at once what followed the
+    same few characters last time.
     """
 
     def __init__(self, width, heads):
@@ -2360,7 +2362,10 @@ class Block(nn.Module):
         x = torch.cat([before, x], dim=1)
         if state:
             before.copy_(x[:, T:])
-        x = sum(weight * x[:, i:i + T] for i, weight in enumerate(self.mix))
+        mixed = self.mix[3] * x[:, 3:]
+        for i in range(3):
+            mixed = torch.addcmul(mixed, self.mix[i], x[:, i:i + T])
+        x = mixed
         qk, v = self.qkv(rms_norm(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4).split((2, 1))
         q, k = rotary(qk, cos, sin)
         k, v = rms_norm(k).to(v.dtype), v[0]  # keys of one length keep the logits in bounds
@@ -2385,8 +2390,8 @@ class GPT(nn.Module):
         nn.init.zeros_(self.head.weight)
         half = size.width // size.heads // 2
         angles = torch.outer(torch.arange(seq_len), 10_000.0 ** (-torch.arange(half) / half))
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.register_buffer("cos", torch.cat([angles, angles], dim=1).cos(), persistent=False)
+        self.register_buffer("sin", torch.cat([angles, -angles], dim=1).sin(), persistent=False)
 
     def empty_state(self, batch, length):
         return [0, [block.empty_state(batch, length) for block in self.blocks]]  # characters read, states
@@ -2476,31 +2481,34 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
+            parameters, beta = group["params"], group["momentum"]
+            gradients, by_shape = [p.grad for p in parameters], {}
+            for p in parameters:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
-                parts = update.view(getattr(p, "stacked", 1), -1, p.size(1))
-                by_shape.setdefault(parts.shape[1:], []).append((p, parts))
+            momenta = [self.state[p]["momentum"] for p in parameters]
+            torch._foreach_lerp_(momenta, gradients, 1 - beta)
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for p, update in zip(parameters, torch._foreach_lerp(gradients, momenta, beta), strict=True):
+                parts = update.view(getattr(p, "stacked", 1), -1, p.size(1))  # Nesterov's momentum
+                tall = parts.size(1) > parts.size(2)
+                parts = parts.mT if tall else parts
+                by_shape.setdefault(parts.shape[1:], []).append((p, parts, tall))
             for members in by_shape.values():
-                updates = orthogonalise(torch.cat([parts for _, parts in members]).to(self.dtype))
-                updates = updates.split([len(parts) for _, parts in members])
-                for (p, _), update in zip(members, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    scale = max(1, p.size(0) / p.size(1)) ** 0.5
-                    p.add_(update.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * scale)
+                updates = orthogonalise(torch.cat([parts for _, parts, _ in members]).to(self.dtype)).float()
+                updates = updates.split([len(parts) for _, parts, _ in members])
+                for (p, _, tall), update in zip(members, updates, strict=True):
+                    update = (update.mT if tall else update).reshape(p.shape)
+                    p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
 def orthogonalise(matrices):
-    """The nearest semi-orthogonal matrices, roughly, by five Newton-Schulz steps; (n, rows, columns)."""
-    x = matrices.mT if matrices.size(1) > matrices.size(2) else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    """The nearest semi-orthogonal matrices, roughly, by five Newton-Schulz steps; (n, rows <= columns)."""
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if matrices.size(1) > matrices.size(2) else x
+    return x
 
 
 def make_optimizers(model, cfg):

@@ -1,7 +1,7 @@
 """python killed_training.py KNOBS_AS_JSON MODEL KILLS: trains a model, killed so many times with signal 9.
 
-Each attempt is a fork of this process, which does nothing with torch but import it, and dies a little after it
-has written a few lines of the log.
+Each attempt is a fork of this process, which does nothing with torch but import it, and dies a little after
+it has written a few lines of the log.
 """
 import json
 import os
