@@ -424,6 +424,16 @@ def read_json(path, missing=None):
         return missing
 
 
+def read_jsonl(path):
+    """The rows of a file one by one, but for a last line that was cut off; none without a file."""
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as lines:
+        yield from (json.loads(line) for line in lines if line.endswith("\n"))
+
+
+def write_jsonl(path, rows):
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def digest(data):
     """16 hexadecimal digits that change when anything in `data` (JSON-able) does."""
     text = json.dumps(data, sort_keys=True, default=json_default)
@@ -1843,23 +1853,29 @@ def content_hash(notes, drums):
     return hashlib.blake2b(np.unique(packed).astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
+def top_notes(notes, pitched):
+    """Track and pitch of the highest note of each chord of the masked notes, by track and onset; (C,) each.
+
+    A note within 1/16 beat of the one before belongs to its chord, so that strummed chords stay whole.
+    """
+    tick = np.rint(480 * notes.onset[pitched]).astype(np.int64)
+    # one sort of packed integers is much faster than np.lexsort
+    packed = np.sort(notes.voice[pitched].astype(np.int64) << 40 | tick << 8 | notes.pitch[pitched])
+    track, tick = packed >> 40, packed >> 8 & 0xFFFFFFFF
+    chord = np.flatnonzero(np.diff(track, prepend=-1).astype(bool) | (np.diff(tick, prepend=-99) > 30))
+    return track[chord], np.maximum.reduceat(packed & 0xFF, chord) if len(chord) else chord
+
+
 def melodic_shingles(notes, drums):
     """(S,) uint32: hashes of the different runs of SHINGLE intervals between the top notes of each track.
 
     Intervals forget the key, and rhythm is left out: a work transposed, re-orchestrated, written in halved
     values or played by hand keeps its shingles. Drums have none.
     """
-    pitched = ~drums
-    tick = np.rint(480 * notes.onset[pitched]).astype(np.int64)
-    # One sort of packed integers orders by track, onset and pitch, and is much faster than np.lexsort.
-    packed = np.sort(notes.voice[pitched].astype(np.int64) << 40 | tick << 8 | notes.pitch[pitched])
-    track, tick, pitch = packed >> 40, packed >> 8 & 0xFFFFFFFF, packed & 0xFF
-    # A note within 1/16 beat of the one before belongs to its chord, so that strummed chords stay whole.
-    chord = np.flatnonzero(np.diff(track, prepend=-1).astype(bool) | (np.diff(tick, prepend=-99) > 30))
-    count = len(chord) - SHINGLE
+    track, top = top_notes(notes, ~drums)
+    count, top = len(top) - SHINGLE, top.astype(np.uint64)
     if count <= 0:
         return np.zeros(0, np.uint32)
-    track, top = track[chord], np.maximum.reduceat(pitch, chord).astype(np.uint64)
     code, seen = np.zeros(count, np.uint64), np.uint64(1) << (top[SHINGLE:] & np.uint64(63))
     for k in range(SHINGLE):
         here = top[k : k + count]
@@ -1941,21 +1957,15 @@ def convert_all(files, cfg):
             raise
 
 
-def read_rows(path):
-    """The rows of a report or journal one by one, up to a line that was cut off; none without a file."""
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines if line.endswith("\n"))
-
-
 def open_journals(recipe, cfg):
     """What the conversion has done, one file for each process of a torchrun: kept if this recipe and so many
     processes wrote them all, else removed with the texts that they or an earlier report list.
     """
     journals = journal_paths(cfg)
-    if all(next(read_rows(path), None) == recipe for path in journals):
+    if all(next(read_jsonl(path), None) == recipe for path in journals):
         return journals
     for path in (*cfg.abc_root.glob("journal*.jsonl"), cfg.abc_root / "report.jsonl"):
-        for row in read_rows(path):
+        for row in read_jsonl(path):
             if "abc" in row:
                 Path(cfg.abc_root, row["abc"]).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
@@ -1973,7 +1983,7 @@ def convert_share(cfg):
     """Converts what is left of every n-th file, in one of n processes."""
     rank, ranks = rank_and_ranks()
     files, journal = midi_files(cfg)[rank::ranks], journal_paths(cfg)[rank]
-    done = sum(1 for _ in read_rows(journal)) - 1  # the first line is the recipe
+    done = sum(1 for _ in read_jsonl(journal)) - 1  # the first line is the recipe
     with open(journal, "rb+") as file:  # a last line may have been cut off
         file.truncate(sum(len(line) for line in itertools.islice(file, done + 1)))
     with open(journal, "a", encoding="utf-8", buffering=1, newline="\n") as out:  # line by line
@@ -1990,7 +2000,7 @@ def midi_files(cfg):
 
 def converted(journals):
     """The rows of all journals in the order of the files."""
-    shares = [itertools.islice(read_rows(path), 1, None) for path in journals]
+    shares = [itertools.islice(read_jsonl(path), 1, None) for path in journals]
     return (row for rows in itertools.zip_longest(*shares) for row in rows if row)
 
 
@@ -2052,15 +2062,6 @@ class Vocab(NamedTuple):
 
 def code_points(text):
     return np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
-
-
-def read_jsonl(path):
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def write_jsonl(path, rows):
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 # --- works: the groups that a split may not cut
@@ -2220,7 +2221,7 @@ def write_tokens(split, tunes, vocab, cfg):
 @stage(version=3, knobs="VAL_FRAC TEST_FRAC SPLIT_BY SEED", after=convert)
 def tokenize(cfg):
     """Splits the tunes so that no version of a held-out tune is trained on, and writes them as token ids."""
-    report = read_jsonl(cfg.abc_root / "report.jsonl")
+    report = list(read_jsonl(cfg.abc_root / "report.jsonl"))
     tunes = [row for row in report if "abc" in row]
     need(len(tunes) >= 3, f"only {len(tunes)} tunes were converted, and a study needs at least three; see "
                           f"{cfg.abc_root / 'report.jsonl'} for the reasons")
@@ -3953,8 +3954,9 @@ def window_after(tokens, seq_len, vocab):
     if n <= seq_len:
         return tokens
     renewed = n - (n - seq_len - 1) % (seq_len - half + 1)  # when the window was full the last time
-    newline, bracket = vocab.encode("\n[")
-    music = (tokens[:, :renewed - 1] == newline) & (tokens[:, 1:renewed] == bracket)
+    newline, percent, colon = vocab.encode("\n%:")  # the first line that is no field ends the header
+    music = ((tokens[:, :renewed - 2] == newline) & (tokens[:, 1:renewed - 1] != percent)
+             & (tokens[:, 2:renewed] != colon))
     header = np.minimum(np.where(music.any(1), music.argmax(1) + 1, 0), half * 3 // 4)
     return np.stack([np.append(row[:h], row[renewed - half + h:])
                      for row, h in zip(tokens, header, strict=True)])
@@ -4337,12 +4339,7 @@ def melody(notes, drums):
     Steps forget the key. Repeated notes count once: long runs of them are in everybody's music.
     """
     pitched = ~np.append(drums, False).astype(bool)[notes.voice]
-    voice, pitch = notes.voice[pitched].astype(np.int64), notes.pitch[pitched]
-    packed = np.sort(voice << 40 | np.rint(48 * notes.onset[pitched]).astype(np.int64) << 8 | pitch)
-    # a note within 1/16 beat of the one before belongs to its chord
-    new = np.diff(packed >> 40, prepend=-1).astype(bool) | (np.diff(packed >> 8, prepend=-99) > 3)
-    chord = np.flatnonzero(new)
-    voice, top = packed[chord] >> 40, np.maximum.reduceat(packed & 0xFF, chord) if len(chord) else chord
+    voice, top = top_notes(notes, pitched)
     step, same = np.diff(top), np.diff(voice) == 0
     return np.append(np.where(same, step + 128, 0)[~same | (step != 0)], 0).astype(np.uint8)
 

@@ -47,7 +47,7 @@ def main():
     parser.add_argument("--chars", type=int, default=1_200)
     flags = parser.parse_args()
     cfg = study.Cfg(DATA_ROOT=flags.data_root)
-    rows = study.read_jsonl(cfg.tokens_root / "tunes.jsonl")
+    rows = list(study.read_jsonl(cfg.tokens_root / "tunes.jsonl"))
     corpus = study.training_melodies(cfg)
     real = melodies([row for row in rows if row["split"] == "test"][: flags.tunes], cfg, flags.chars)
     copies = melodies(

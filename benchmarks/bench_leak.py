@@ -22,7 +22,7 @@ def held_out_losses(checkpoint, cfg):
     model, vocab, _ = study.load(checkpoint, cfg.device)
     tokens = study.read_tokens("val", vocab, cfg)
     losses = study.token_losses(model, tokens, cfg)
-    tunes = study.read_jsonl(cfg.tokens_root / "tunes.jsonl")
+    tunes = list(study.read_jsonl(cfg.tokens_root / "tunes.jsonl"))
     trained = {tune["group"] for tune in tunes if tune["split"] == "train"}
     total, chars, leaked = [], [], []
     for tune in tunes:

@@ -1,6 +1,7 @@
 """Sampling, judging, measuring: what is sampled is what the model says, what is judged valid is music."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,8 @@ def slow_greedy(model, prompt, n, seq_len):
                 break
             ids, context = [*ids, best], [*context, best]
             if len(context) > seq_len:
-                header = (
-                    min(VOCAB.decode(ids).find("\n[") + 2, half * 3 // 4) if "\n[" in VOCAB.decode(ids) else 0
-                )
+                music = re.search(r"\n[^%][^:]", VOCAB.decode(ids))  # the first line that is no field
+                header = min(music.start() + 2, half * 3 // 4) if music else 0
                 context = ids[:header] + ids[len(ids) - half + header :]
     return VOCAB.decode(ids)
 
@@ -288,7 +288,8 @@ def test_every_character_has_its_kind():
 
 def test_the_evaluation_of_a_study_balances(smoke):
     save = Path(smoke.SAVE_DIR)
-    evaluation, tunes = study.read_json(save / "evaluation.json"), study.read_jsonl(save / "samples.jsonl")
+    evaluation = study.read_json(save / "evaluation.json")
+    tunes = list(study.read_jsonl(save / "samples.jsonl"))
     assert sum(row["n"] for row in evaluation["music"]) == len(tunes)
     assert {row["run"] for row in evaluation["music"]} == {
         "real",

@@ -51,7 +51,7 @@ def test_outputs_are_at_their_names(smoke):
 
 def test_every_file_is_in_the_books(smoke):
     stats = study.read_json(smoke.tokens_root / "stats.json")
-    rows = study.read_jsonl(smoke.abc_root / "report.jsonl")
+    rows = list(study.read_jsonl(smoke.abc_root / "report.jsonl"))
     assert len(rows) == stats["files"] == stats["converted"] + sum(stats["rejected"].values()) == 65
     assert all(("abc" in row) != ("reason" in row) for row in rows)
     rejected = {row["file"]: row["reason"] for row in rows if "reason" in row}
@@ -60,7 +60,7 @@ def test_every_file_is_in_the_books(smoke):
 
 
 def test_versions_of_a_work_stay_on_one_side_and_out_of_the_vocabulary_of_others(smoke):
-    tunes = study.read_jsonl(smoke.tokens_root / "tunes.jsonl")
+    tunes = list(study.read_jsonl(smoke.tokens_root / "tunes.jsonl"))
     sides = {tune["file"]: (tune["split"], tune["group"]) for tune in tunes}
     versions = {
         sides[name]

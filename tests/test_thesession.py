@@ -150,7 +150,7 @@ def test_settings_of_one_tune_stay_on_one_side(tokens, capsys):
     assert stats["works"]["groups"] == 40 and stats["round_trip_f1"] is None
     assert stats["works"]["leak_of_split_by_file"]["leaked_files"] == pytest.approx(0.96)
     assert "96.0%" in capsys.readouterr().out
-    row = study.read_jsonl(cfg.abc_root / "report.jsonl")[0]
+    row = next(study.read_jsonl(cfg.abc_root / "report.jsonl"))
     text = (cfg.abc_root / row["abc"]).read_text()
     assert text.startswith("X:1\nL:1/8\nM:4/4\nR:reel\nK:Gmaj\n|:")
     assert row["n_notes"] == 128 and row["seconds"] == 32

@@ -63,6 +63,18 @@ def test_a_state_remembers_what_was_read_and_nothing_sees_the_future(name):
         torch.testing.assert_close(model(changed)[0][:, :20], whole[:, :20], rtol=1e-4, atol=1e-4)
 
 
+def test_the_transformer_is_one_graph_to_torch_compile():
+    model = study.build_model("gpt_8w", 60, Cfg(STUDY="smoke", DEVICE="cpu"))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    tokens, gradients = torch.randint(0, 60, (2, 64)), []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        forward(tokens)[0].square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*gradients)
+
+
 def test_flops_of_the_transformer_match_torch():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
