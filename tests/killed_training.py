@@ -1,8 +1,10 @@
-"""python killed_training.py KNOBS_AS_JSON MODEL KILLS: trains a model, killed so many times with signal 9.
+"""python killed_training.py KNOBS KILLS: trains all models whole, and killed so many times, for comparison.
 
-Each attempt is a fork of this process, which does nothing with torch but import it, and dies a little after
-it has written a few lines of the log.
+KNOBS are those of Cfg as JSON; the models go to whole/ and killed/ below SAVE_DIR. Each attempt is a fork of
+this process, which does nothing with torch but import it, killed by signal 9 a little after it has written a
+few lines of its log.
 """
+import copy
 import json
 import os
 import random
@@ -13,35 +15,45 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch._dynamo  # noqa: F401  optimizers import it: once here instead of in every fork
 from tqdm import tqdm
 
 import LakhMIDI as study
 
 
-def lines(log):
-    return log.read_bytes().count(b"\n") if log.exists() else 0
+def start(run, cfg):
+    if child := os.fork():
+        return child
+    with tqdm(disable=True) as bar:
+        study.train_model(run, study.read_vocab(cfg), cfg, bar)
+    os._exit(0)
 
 
-def main(knobs, model, kills):
+def kill(child, log, chance):
+    def lines():
+        return log.read_bytes().count(b"\n") if log.exists() else 0
+
+    enough = lines() + chance.randint(1, 12)
+    while lines() < enough:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            sys.exit("it ended before it was killed")
+        time.sleep(0.001)
+    time.sleep(chance.random() / 100)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def main(knobs, kills):
     study.run_recipe = lambda run, cfg: "one recipe"
     cfg, chance = study.Cfg(**json.loads(knobs)), random.Random(0)
-    run = next(run for run in study.planned_runs(cfg) if run.name == model)
-    log = run.path("log", cfg)
-    for attempt in range(int(kills) + 1):
-        before, wanted = lines(log), chance.randint(1, 12)
-        if not (child := os.fork()):
-            with tqdm(disable=True) as bar:
-                study.train_model(run, study.read_vocab(cfg), cfg, bar)
-            os._exit(0)
-        if attempt < int(kills):
-            while lines(log) < before + wanted:
-                if os.waitpid(child, os.WNOHANG)[0]:
-                    sys.exit("it ended before it was killed")
-                time.sleep(0.001)
-            time.sleep(chance.random() / 100)
-            os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-    sys.exit(status != 0)
+    for folder, n in (("whole", 0), ("killed", int(kills))):
+        mine = copy.copy(cfg)
+        mine.SAVE_DIR = Path(cfg.SAVE_DIR, folder)
+        for run in study.planned_runs(mine):
+            for _ in range(n):
+                kill(start(run, mine), run.path("log", mine), chance)
+            if os.waitpid(start(run, mine), 0)[1]:
+                sys.exit("it failed")
 
 
 if __name__ == "__main__":
