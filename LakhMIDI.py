@@ -5074,13 +5074,12 @@ def parse_knob(name, text):
     return (value,) if kind is tuple and not isinstance(value, (tuple, list)) else value
 
 
-def banner(cfg):
+def banner(cfg, stages):
     """What is about to happen, on what, for how long, and how to have it otherwise."""
-    tokens = cfg.train_tokens
+    minutes = f", roughly {estimated_minutes(cfg):.0f} minutes of training" if train in stages else ""
     say(f"corpus    {cfg.corpus}\n"
         f"device    {device_name(cfg)}\n"
-        f"study     {cfg.study}: {len(planned_runs(cfg))} models x {tokens:,} characters, "
-        f"roughly {estimated_minutes(cfg):.0f} minutes of training\n"
+        f"study     {cfg.study}: {len(planned_runs(cfg))} models x {cfg.train_tokens:,} characters{minutes}\n"
         f"Your own data: --LMD_ZIP_PATH lmd_full.tar.gz, or --USE_LOCAL_MIDI True --LOCAL_MIDI_ROOT folder")
 
 
@@ -5090,13 +5089,17 @@ def estimated_minutes(cfg):
     return step_seconds * steps_with_branches(cfg) / 60
 
 
-def run_stages(cfg, first="extract", last="report", force=False):
-    """Runs the stages from `first` to `last`; returns whether any of them had something to do."""
+def stages_between(first, last):
     names = [stage.__name__ for stage in STAGES]
     chosen = STAGES[names.index(first):names.index(last) + 1]
     need(chosen, f"--from {first} comes after --to {last}")
+    return chosen
+
+
+def run_stages(cfg, first="extract", last="report", force=False):
+    """Runs the stages from `first` to `last`; returns whether any of them had something to do."""
     cfg = cfg.pinned()
-    return any([stage(cfg, force) for stage in chosen])
+    return any([stage(cfg, force) for stage in stages_between(first, last)])
 
 
 def main(argv=None):
@@ -5122,8 +5125,9 @@ def main(argv=None):
         if join_ranks(cfg) > 0:
             follow(cfg)
             return 0
-        banner(cfg)
-        if not run_stages(cfg, flags.only or flags.first, flags.only or flags.last, flags.force):
+        first, last = flags.only or flags.first, flags.only or flags.last
+        banner(cfg, stages_between(first, last))
+        if not run_stages(cfg, first, last, flags.force):
             say("nothing to do: every stage is up to date (--force runs them again)")
         leave_ranks()
         say(f"report    {Path(cfg.SAVE_DIR, 'report.html')}")
