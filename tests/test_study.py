@@ -216,3 +216,10 @@ def test_the_readme_gives_the_command_that_ci_runs():
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     command = ci.strip().splitlines()[-1]
     assert f"\n{command}\n" in readme
+
+
+@pytest.mark.parametrize("flags", [["--status"], ["--sample", "1"], ["--plan", "1h"]])
+def test_what_has_no_shares_is_done_by_one_rank(smoke, flags, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert main([*flags, "--SAVE_DIR", str(smoke.SAVE_DIR)]) == 0
+    assert capsys.readouterr().out == ""
