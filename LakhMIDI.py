@@ -2496,16 +2496,16 @@ class Muon(torch.optim.Optimizer):
                 parts = parts.mT if tall else parts
                 by_shape.setdefault(parts.shape[1:], []).append((p, parts, tall))
             for members in by_shape.values():
-                updates = orthogonalise(torch.cat([parts for _, parts, _ in members]).to(self.dtype)).float()
+                updates = orthogonalise(torch.cat([parts for _, parts, _ in members]), self.dtype).float()
                 updates = updates.split([len(parts) for _, parts, _ in members])
                 for (p, _, tall), update in zip(members, updates, strict=True):
                     update = (update.mT if tall else update).reshape(p.shape)
                     p.add_(update, alpha=-group["lr"] * max(1, p.size(0) / p.size(1)) ** 0.5)
 
 
-def orthogonalise(matrices):
+def orthogonalise(matrices, dtype):
     """The nearest semi-orthogonal matrices, roughly, by five Newton-Schulz steps; (n, rows <= columns)."""
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
@@ -2517,8 +2517,7 @@ def make_optimizers(model, cfg):
     inner = [not name.startswith(("embed", "head")) and p.dim() == 2 for name, p in model.named_parameters()]
     matrices = list(itertools.compress(model.parameters(), inner))
     others = [p for p, is_inner in zip(model.parameters(), inner, strict=True) if not is_inner]
-    dtype = torch.bfloat16 if has_bfloat16(cfg) else torch.float32
-    return [Muon(matrices, lr=cfg.LR, weight_decay=cfg.WEIGHT_DECAY, dtype=dtype),
+    return [Muon(matrices, lr=cfg.LR, weight_decay=cfg.WEIGHT_DECAY, dtype=amp_dtype("gpt", cfg)),
             torch.optim.AdamW(others, lr=cfg.LR_ADAM, betas=tuple(cfg.BETAS), weight_decay=0.0)]
 
 
@@ -2688,7 +2687,7 @@ def sum_over_ranks(parameters, loss):
     dist.all_reduce(message)
     for g, total in zip(gradients, message[1:].split([g.numel() for g in gradients]), strict=True):
         g.copy_(total.view_as(g))
-    return message[0]
+    return message[0].clone()  # a view would keep the whole message
 
 
 def wait_for_ranks():
@@ -2736,7 +2735,8 @@ class Trainer:
             self.model = build_model(run.size, len(vocab.chars), cfg).to(cfg.device)
         self.forward = self.model
         if cfg.device == "cuda" and cfg.COMPILE and run.size.family == "gpt":  # cuDNN's LSTM needs none
-            self.forward = torch.compile(self.model)
+            torch.compiler.reset()  # its cache is of the code: another size would be a change of shapes
+            self.forward = torch.compile(self.model, dynamic=False)
         self.optimizers = make_optimizers(self.model, cfg)
         half = amp_dtype(run.size.family, cfg) == torch.float16
         self.scaler = torch.amp.GradScaler(cfg.device, enabled=half)
@@ -2767,7 +2767,8 @@ class Trainer:
         if state.get("recipe") != self.recipe:
             return False
         self.model.load_state_dict(state["model"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if it comes from a GPU that has bfloat16
+            self.scaler.load_state_dict(state["scaler"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for name in ("step", "curve", *(self.progress if kind == "resume" else ())):
@@ -2808,7 +2809,8 @@ class Trainer:
                 if self.forward is self.model:
                     raise
                 self.forward = self.model
-                say(f"{self.run.name}: going on without torch.compile, which failed ({type(error).__name__})")
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+                say(f"{self.run.name}: going on without torch.compile, which failed ({reason})")
             torch.cuda.empty_cache()  # here the exception no longer holds the tensors of the failed pass
 
     def backward(self, chunk):

@@ -83,7 +83,8 @@ def rival_optimizers(model, cfg):
     """AdamW with weight decay on all matrices and tables; the second one holds the norms."""
     decayed = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    return [torch.optim.AdamW(group, lr=cfg.LR, betas=(0.9, 0.95), weight_decay=decay)
+    fused = torch.cuda.is_available()  # as nanoGPT does
+    return [torch.optim.AdamW(group, lr=cfg.LR, betas=(0.9, 0.95), weight_decay=decay, fused=fused)
             for group, decay in ((decayed, 0.1), (rest, 0.0))]
 
 
@@ -225,6 +226,9 @@ def train_once(args, part, label, model, seed=1, **knobs):
         cfg = Cfg(**{"DATA_ROOT": args.data_root, "SAVE_DIR": folder, "SEED": seed, "BUDGETS": (1.0,),
                      "SAVE_EVERY_S": 1e9, "TRAIN_TOKENS_TARGET": args.tokens, "MODELS": (model,), **knobs})
         trainer = new_trainer(cfg)
+        if cfg.device == "cuda":  # compiles; the weights stay as they are
+            starts = np.zeros(cfg.batch, np.int64)
+            trainer.gradients(study.windows(trainer.train_data, starts, cfg.seq_len + 1, cfg.device)).item()
         began, seconds, loss = clock(), math.inf, math.inf
         with contextlib.suppress(study.Diverged):
             study.train_leg(trainer, cfg.steps, cfg.steps, bar)

@@ -124,9 +124,11 @@ def test_every_window_once_per_epoch():
 
 
 def test_orthogonalised_steps_have_singular_values_near_one():
-    x = study.orthogonalise(torch.randn(3, 24, 64, generator=torch.Generator().manual_seed(0)))
-    values = torch.linalg.svdvals(x)
-    assert 0.5 < values.min() and values.max() < 1.5
+    x = torch.randn(3, 24, 64, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for scale in (1e-6, 1e3):
+            values = torch.linalg.svdvals(study.orthogonalise(scale * x, dtype).float())
+            assert 0.5 < values.min() and values.max() < 1.5
 
 
 @pytest.mark.parametrize("family", ["gpt", "lstm"])
@@ -262,6 +264,14 @@ def test_scaled_gradients_are_clipped_as_plain_ones_and_an_overflow_skips_the_wh
     hook.remove()
     scaled.train_step(1.0)
     assert not torch.equal(weights(scaled), before)
+
+
+def test_a_checkpoint_without_a_loss_scale_goes_on_with_one(trainer):
+    one, again = trainer(), trainer()
+    one.train_step(1.0)
+    one.save("resume")
+    again.scaler = torch.amp.GradScaler("cpu")
+    assert again.restore("resume") and again.train_step(1.0).isfinite()
 
 
 def test_a_spike_stops_the_run_and_noise_does_not(trainer):
