@@ -2349,8 +2349,6 @@ class Block(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
-        for output in (self.proj, self.down):  # a new block only mixes: depth costs nothing at the start
-            nn.init.zeros_(output.weight)
 
     def empty_state(self, batch, length):
         """Keys and values (2, B, heads, length, width) of the characters read, and the last three inputs."""
@@ -2388,7 +2386,6 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(vocab_size, size.width)
         self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.layers))
         self.head = nn.Linear(size.width, vocab_size, bias=False)
-        nn.init.zeros_(self.head.weight)
         half = size.width // size.heads // 2
         angles = torch.outer(torch.arange(seq_len), 10_000.0 ** (-torch.arange(half) / half))
         self.register_buffer("cos", torch.cat([angles, angles], dim=1).cos(), persistent=False)
@@ -2420,7 +2417,6 @@ class LSTM(nn.Module):
         self.embed = nn.Embedding(vocab_size, size.width)
         self.lstm = nn.LSTM(size.width, size.width, size.layers, batch_first=True)
         self.head = nn.Linear(size.width, vocab_size, bias=False)
-        nn.init.zeros_(self.head.weight)
         for name, weight in self.lstm.named_parameters():
             if weight.dim() == 2:
                 weight.stacked = 4  # the gates i, f, g, o of one layer in one matrix, told to the optimiser

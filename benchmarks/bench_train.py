@@ -177,9 +177,11 @@ def gelu_mlp():
     return patch.object(study.Block, "mlp", lambda self, x: self.down(F.gelu(self.up(x))))
 
 
-def full_init():
-    zeros = nn.init.zeros_
-    return patch.object(nn.init, "zeros_", lambda w: w if w.dim() == 2 else zeros(w))
+def zero_init(model):
+    """Every block begins as the identity, and every character equally likely."""
+    for name, weight in model.named_parameters():
+        if name.endswith(("proj.weight", "down.weight", "head.weight")):
+            nn.init.zeros_(weight)
 
 
 def adamw():
@@ -194,7 +196,7 @@ ABLATIONS = [
     ("norm of queries too", "gpt", query_norm_too, {}),
     ("learned positions", "gpt", rotary_off, {}),
     ("GELU", "gpt", gelu_mlp, {}),
-    ("no zero init", "gpt lstm", full_init, {}),
+    ("zero init", "gpt lstm", lambda: changed_model(zero_init), {}),
     ("AdamW, LR .003", "gpt lstm", adamw, {"LR": 0.003}),
     ("AdamW, LR .006", "gpt lstm", adamw, {"LR": 0.006}),
     ("AdamW, LR .012", "gpt lstm", adamw, {"LR": 0.012}),
