@@ -202,7 +202,7 @@ ABLATIONS = [
     ("AdamW, LR .012", "gpt lstm", adamw, {"LR": 0.012}),
     ("stacked matrices as one", "gpt lstm", lambda: changed_model(one_matrix), {}),
     ("weight decay 0", "gpt lstm", nothing, {"WEIGHT_DECAY": 0.0}),
-    ("weight decay .1", "gpt lstm", nothing, {"WEIGHT_DECAY": 0.1}),
+    ("weight decay .01", "gpt lstm", nothing, {"WEIGHT_DECAY": 0.01}),
     ("no warm-up", "gpt lstm", nothing, {"WARMUP_FRAC": 0.0}),
     ("warm-up 10 %", "gpt lstm", nothing, {"WARMUP_FRAC": 0.1}),
     ("decay 10 %", "gpt lstm", nothing, {"DECAY_FRAC": 0.1}),
