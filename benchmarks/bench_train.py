@@ -4,8 +4,8 @@
     python benchmarks/bench_train.py DATA_ROOT --parts ablate --seeds 3   what each part of the recipe buys
 
 DATA_ROOT holds tokens/ as `python LakhMIDI.py --to tokenize --DATA_ROOT DATA_ROOT` writes them. Prints tables
-and appends a line for each training to benchmarks/results.jsonl. Seconds are those of the process on a CPU,
-where other programs would disturb the clock on the wall, and of that clock on CUDA.
+and appends a line for each training to benchmarks/results.jsonl. Seconds of whole trainings are those of the
+process on a CPU, where other programs would disturb the clock on the wall; all others are of that clock.
 """
 import argparse
 import contextlib
@@ -297,14 +297,14 @@ def compare(args):
 
 def step_seconds(trainer):
     """Seconds of a step; on CUDA the mean of ten, as the training doesn't wait for each of them either."""
-    steps, began = 10 if torch.cuda.is_available() else 1, clock()
+    steps, began = 10 if torch.cuda.is_available() else 1, time.monotonic()
     for _ in range(steps):
         loss = trainer.train_step(0.1)
     loss.item()
-    return (clock() - began) / steps
+    return (time.monotonic() - began) / steps
 
 
-def step_ratio(args, model, rounds=8):
+def step_ratio(args, model, rounds=40):
     """Time of a step of the rival over that of the study, taken in turn: both meet the same machine."""
     ways, trainers, times = [(nothing(), {}), rival(1e-3)], [], ([], [])
     for way, knobs in ways:
@@ -349,7 +349,7 @@ def speed(args):
         trainer.train_step(0.1).item()
         first = time.monotonic() - began  # with compiling
         rates = []
-        for _ in range(5):
+        for _ in range(20):
             rates.append(cfg.batch_tokens / step_seconds(trainer))
         rate, peak = statistics.median(rates), study.peak_flops(cfg)
         flops = rate * trainer.model.flops_per_token()
