@@ -122,8 +122,8 @@ class Study(NamedTuple):
 
 
 # Attention heads are 32 wide or a little wider, 64 in the large models: 16 wide cost 1 to 4 % of the loss,
-# and a third more time. The LSTM of each row is matched to the GPT of the same name in non-embedding parameters: 12 L d^2
-# against 8 L h^2.
+# and a third more time. The LSTM of each row is matched to the GPT of the same name in non-embedding
+# parameters: 12 L d^2 against 8 L h^2.
 STUDIES = {
     "smoke": Study(16_384, 1_024, 64, tuple(
         [Size("gpt", f"{d}w", 1, d, d // 8) for d in (8, 16, 24, 32)]
@@ -5073,9 +5073,9 @@ def parse_knob(name, text):
     return (value,) if kind is tuple and not isinstance(value, (tuple, list)) else value
 
 
-def banner(cfg, stages):
+def banner(cfg, stages=None):
     """What is about to happen, on what, for how long, and how to have it otherwise."""
-    minutes = f", roughly {estimated_minutes(cfg):.0f} minutes of training" if train in stages else ""
+    minutes = f", roughly {estimated_minutes(cfg):.0f} minutes of training" if train in (stages or STAGES) else ""
     say(f"corpus    {cfg.corpus}\n"
         f"device    {device_name(cfg)}\n"
         f"study     {cfg.study}: {len(planned_runs(cfg))} models x {cfg.train_tokens:,} characters{minutes}\n"
