@@ -5075,7 +5075,8 @@ def parse_knob(name, text):
 
 def banner(cfg, stages=None):
     """What is about to happen, on what, for how long, and how to have it otherwise."""
-    minutes = f", roughly {estimated_minutes(cfg):.0f} minutes of training" if train in (stages or STAGES) else ""
+    training = train in (stages or STAGES)
+    minutes = f", roughly {estimated_minutes(cfg):.0f} minutes of training" if training else ""
     say(f"corpus    {cfg.corpus}\n"
         f"device    {device_name(cfg)}\n"
         f"study     {cfg.study}: {len(planned_runs(cfg))} models x {cfg.train_tokens:,} characters{minutes}\n"
