@@ -2343,6 +2343,7 @@ class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
+        # (4, 1, C): of three dimensions, so that the optimiser doesn't take it for a matrix
         self.mix = nn.Parameter(torch.tensor([1 / 16, 1 / 8, 1 / 4, 1]).view(4, 1, 1).repeat(1, 1, width))
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.qkv.weight.stacked = 3  # three matrices in one, told to the optimiser
@@ -2402,7 +2403,7 @@ class GPT(nn.Module):
         return self.head(rms_norm(x)), state and [span.stop, states]
 
     def matmul_params(self):
-        """Weights that every character is multiplied with: all but the embedding."""
+        """Weights of the matrix products of a character: all but the embedding and the mixing weights."""
         return 12 * self.size.layers * self.size.width**2 + self.head.weight.numel()
 
     def flops_per_token(self):
