@@ -3740,7 +3740,8 @@ def draw_law(axes, N, L, family, law, reach):
     name, colour, marker, line = STYLES[family]
     bottom, top = axes.get_ylim() if axes.lines else (np.inf, 0)
     axes.plot(N, L, marker, color=colour, label=f"{name}, {len(N)} runs", zorder=3)
-    axes.set_ylim(max(min(L.min() - 0.4 * np.ptp(L), bottom), 0), max(L.max() + 0.2 * np.ptp(L), top))
+    spread = np.ptp(L) or 0.1 * L.max()
+    axes.set_ylim(max(min(L.min() - 0.4 * spread, bottom), 0), max(L.max() + 0.2 * spread, top))
     if law["status"] in BELIEVED:
         at, points = np.geomspace(N.min() / 1.3, N.max() * reach, 31), check_points(N, L)
         loss, lo, hi = law_band(points, best_law(points), at)
