@@ -54,6 +54,7 @@ import re
 import shutil
 import signal
 import stat
+import string
 import subprocess
 import sys
 import tarfile
@@ -121,9 +122,9 @@ class Study(NamedTuple):
     ladder: tuple
 
 
-# Attention heads are 32 wide or a little wider, 64 in the large models: 16 wide cost 1 to 4 % of the loss,
-# and a third more time. The LSTM of each row is matched to the GPT of the same name in non-embedding
-# parameters: 12 L d^2 against 8 L h^2.
+# Attention heads are 32 wide or a little wider, 64 in the large models, 8 in the smoke study: 16 wide cost
+# 1 to 4 % of the loss, and a third more time. The LSTM of each row is matched to the GPT of the same name in
+# non-embedding parameters: 12 L d^2 against 8 L h^2.
 STUDIES = {
     "smoke": Study(16_384, 1_024, 64, tuple(
         [Size("gpt", f"{d}w", 1, d, d // 8) for d in (8, 16, 24, 32)]
@@ -166,7 +167,7 @@ class Cfg(metaclass=KnobType):
     ABC_ROOT = ""  # converted ABC files; empty = DATA_ROOT/abc
     SAVE_DIR = "runs_lakh"  # checkpoints, figures, samples, report
     # --- conversion and tokens
-    WORKERS = 0  # conversion processes of each rank; 0 = one per core
+    WORKERS = 0  # processes for work on files; 0 = one per core. In a torchrun shared among a machine's ranks
     CONVERT_TIMEOUT = 60.0  # seconds that one MIDI file may take before it is given up
     MAX_ABC_CHARS = 300_000  # a longer tune is rejected: a few loops would otherwise fill the corpus
     MIN_NOTES = 8  # a shorter tune is rejected
@@ -185,7 +186,7 @@ class Cfg(metaclass=KnobType):
     SEED = 1337  # everything random follows from it
     # --- optimiser
     LR = 0.01  # peak learning rate of the weight matrices (Muon)
-    LR_ADAM = 0.01  # peak learning rate of embedding, head and biases (AdamW)
+    LR_ADAM = 0.01  # peak learning rate of all other weights (AdamW) at width 128, see peak_rates
     BETAS = (0.9, 0.95)  # of AdamW
     WEIGHT_DECAY = 0.1  # decoupled, on the weight matrices
     CLIP_NORM = 1.0  # gradients are scaled down to this L2 norm
@@ -315,8 +316,7 @@ class Cfg(metaclass=KnobType):
     @property
     def workers(self):
         linux = hasattr(os, "sched_getaffinity")  # which knows the cores that this process may use
-        cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-        return self.WORKERS or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a torchrun
+        return self.WORKERS or (len(os.sched_getaffinity(0)) if linux else os.cpu_count())
 
     def check(self):
         """Raises UserError for knobs that are each of the right type and make no sense together."""
@@ -425,8 +425,8 @@ def read_json(path, missing=None):
 
 
 def read_jsonl(path):
-    """The rows of a file one by one, but for a last line that was cut off; none without a file."""
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as lines:
+    """The rows of a file one by one, but for a last line that was cut off."""
+    with open(path, encoding="utf-8") as lines:
         yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
 
@@ -1934,6 +1934,7 @@ def convert_all(files, cfg):
     Few files are in flight, so that memory does not grow with their number.
     """
     jobs = collections.deque()
+    workers = max(1, cfg.workers // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a torchrun's ranks
 
     def oldest_row():
         try:
@@ -1943,12 +1944,12 @@ def convert_all(files, cfg):
         except ProcessExpired:
             return {"reason": "crashed"}
 
-    with ProcessPool(max_workers=cfg.workers, initializer=limit_worker) as pool:
+    with ProcessPool(max_workers=workers, initializer=limit_worker) as pool:
         try:
             for file in files:
                 paths = cfg.midi_root / file, abc_path(file, cfg)
                 jobs.append(pool.schedule(convert_file, (*paths, cfg), timeout=cfg.CONVERT_TIMEOUT))
-                if len(jobs) > 64 * cfg.workers:  # enough to keep the others busy while one takes its time
+                if len(jobs) > 64 * workers:  # enough to keep the others busy while one takes its time
                     yield oldest_row()
             while jobs:
                 yield oldest_row()
@@ -1962,13 +1963,15 @@ def open_journals(recipe, cfg):
     processes wrote them all, else removed with the texts that they or an earlier report list.
     """
     journals = journal_paths(cfg)
-    if all(next(read_jsonl(path), None) == recipe for path in journals):
+    if all(path.exists() and next(read_jsonl(path), None) == recipe for path in journals):
         return journals
-    for path in (*cfg.abc_root.glob("journal*.jsonl"), cfg.abc_root / "report.jsonl"):
+    for path in (*cfg.abc_root.glob("journal*.jsonl"), *cfg.abc_root.glob("report.jsonl")):
+        if next(read_jsonl(path), None) == recipe:
+            say("convert   begins anew: it was interrupted with another number of processes in a torchrun")
         for row in read_jsonl(path):
             if "abc" in row:
                 Path(cfg.abc_root, row["abc"]).unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        path.unlink()
     for path in journals:
         write_text(path, json.dumps(recipe) + "\n")
     return journals
@@ -1976,19 +1979,19 @@ def open_journals(recipe, cfg):
 
 def journal_paths(cfg):
     ranks = rank_and_ranks()[1]
-    return [cfg.abc_root / f"journal_{rank}_of_{ranks}.jsonl" for rank in range(ranks)]
+    return [cfg.abc_root / f"journal_{number}_of_{ranks}.jsonl" for number in range(ranks)]
 
 
 def convert_share(cfg):
     """Converts what is left of every n-th file, in one of n processes."""
-    rank, ranks = rank_and_ranks()
-    files, journal = midi_files(cfg)[rank::ranks], journal_paths(cfg)[rank]
+    number, ranks = rank_and_ranks()
+    files, journal = midi_files(cfg)[number::ranks], journal_paths(cfg)[number]
     done = sum(1 for _ in read_jsonl(journal)) - 1  # the first line is the recipe
     with open(journal, "rb+") as file:  # a last line may have been cut off
         file.truncate(sum(len(line) for line in itertools.islice(file, done + 1)))
     with open(journal, "a", encoding="utf-8", buffering=1, newline="\n") as out:  # line by line
         rows = progress(convert_all(files[done:], cfg), "convert", len(files), "file", initial=done,
-                        disable=rank > 0)
+                        disable=number > 0)
         for file, row in zip(files[done:], rows, strict=True):
             out.write(json.dumps({"file": file, **row}) + "\n")
     wait_for_ranks()
@@ -2011,8 +2014,8 @@ def convert(cfg):
     from_rank_0(convert.__name__)
     convert_share(cfg)
     reasons = Counter(row.get("reason", "") for row in converted(journals))
-    files, accepted = reasons.total(), reasons.pop("", 0)
-    need(files == len(midi_files(cfg)), "the books of the conversion do not balance")
+    total, accepted = reasons.total(), reasons.pop("", 0)
+    need(total == len(midi_files(cfg)), "the books of the conversion do not balance")
     need(accepted, f"no MIDI file became ABC: {dict(reasons)}")
     signatures = np.lib.format.open_memmap(cfg.abc_root / "signatures.npy", "w+", "<u4", (accepted, NUM_PERM))
     with atomic_path(report) as partial, open(partial, "w", encoding="utf-8", newline="\n") as out:
@@ -2024,7 +2027,7 @@ def convert(cfg):
     signatures.flush()
     for journal in journals:
         journal.unlink()
-    say(f"convert   {accepted:,} of {files:,} files became ABC; "
+    say(f"convert   {accepted:,} of {total:,} files became ABC; "
         f"rejected: {dict(reasons.most_common()) or 'none'}")
     return [report, cfg.abc_root]
 
@@ -2313,7 +2316,7 @@ def rms_norm(x):
 
 
 def rotary(x, cos, sin):
-    """Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864) for x (B, heads, T, width)."""
+    """Rotary positions (Su et al. 2021, https://arxiv.org/abs/2104.09864) for x (..., T, width)."""
     return torch.addcmul(x * cos.to(x.dtype), x.roll(x.size(-1) // 2, dims=-1), sin.to(x.dtype))
 
 
@@ -2465,11 +2468,12 @@ def count_params(model):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+    """Momentum whose steps are orthogonalised (Jordan et al. 2024).
 
-    Other than torch.optim.Muon, which works in bfloat16 and on one matrix at a time, it takes all matrices of
-    one shape together, in `dtype`: that suits a CPU, and small models on a GPU. A parameter with an attribute
-    `stacked` = n is n matrices stacked along its rows, each orthogonalised on its own.
+    https://kellerjordan.github.io/posts/muon/. Other than torch.optim.Muon, which takes one matrix at a time,
+    it takes all of one shape together, tall ones turned, in `dtype` if they are not small: that suits a CPU,
+    and small models on a GPU. A parameter with an attribute `stacked` = n is n matrices stacked along its
+    rows, each orthogonalised on its own.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.float32):
@@ -2517,6 +2521,14 @@ def make_optimizers(model, cfg):
     others = [p for p, is_inner in zip(model.parameters(), inner, strict=True) if not is_inner]
     return [Muon(matrices, lr=cfg.LR, weight_decay=cfg.WEIGHT_DECAY, dtype=amp_dtype("gpt", cfg)),
             torch.optim.AdamW(others, lr=cfg.LR_ADAM, betas=tuple(cfg.BETAS), weight_decay=0.0, fused=True)]
+
+
+def peak_rates(size, cfg):
+    """Peak learning rates of the two optimisers; AdamW's falls with the root of the width.
+
+    As in https://github.com/karpathy/nanochat; Muon's steps need no such rule.
+    """
+    return cfg.LR, cfg.LR_ADAM * (128 / size.width) ** 0.5
 
 
 @functools.lru_cache(maxsize=2)
@@ -2648,7 +2660,7 @@ def lr_scale(step, end, cfg):
     return rising * (1 - max(0.0, falling) ** 0.5)
 
 
-# --- several processes of a torchrun: each takes its share of a batch, rank 0 gives orders and writes
+# --- several processes of a torchrun: each takes its share of the files and of a batch, rank 0 gives orders
 
 
 def join_ranks(cfg):
@@ -2662,7 +2674,7 @@ def join_ranks(cfg):
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))  # while rank 0 converts
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))  # while rank 0 works alone
     return rank_and_ranks()[0]
 
 
@@ -2781,7 +2793,7 @@ class Trainer:
         loss = self.gradients(windows(self.train_data, starts, cfg.seq_len + 1, cfg.device))
         if self.ranks > 1:
             loss = sum_over_ranks(self.model.parameters(), loss)
-        for optimizer, peak in zip(self.optimizers, (cfg.LR, cfg.LR_ADAM), strict=True):
+        for optimizer, peak in zip(self.optimizers, peak_rates(self.run.size, cfg), strict=True):
             self.scaler.unscale_(optimizer)  # before clipping, or the clip would act on scaled gradients
             for group in optimizer.param_groups:
                 group["lr"] = peak * lr_share
@@ -2873,6 +2885,8 @@ def windows_per_pass(size, cfg):
     if cfg.MICRO_TOKENS:
         return max(1, min(micro, cfg.MICRO_TOKENS // cfg.seq_len))
     bytes_per_token = size.layers * size.width * (46 if size.family == "gpt" else 16)  # kept for backward
+    if cfg.device == "cpu" and size.family == "gpt":
+        bytes_per_token += size.layers * size.heads * cfg.seq_len * 3  # attention that isn't fused
     while micro > 1 and micro * cfg.seq_len * bytes_per_token > 6.5e9:
         micro //= 2
     return micro
@@ -3955,9 +3969,10 @@ def window_after(tokens, seq_len, vocab):
     if n <= seq_len:
         return tokens
     renewed = n - (n - seq_len - 1) % (seq_len - half + 1)  # when the window was full the last time
-    newline, percent, colon = vocab.encode("\n%:")  # the first line that is no field ends the header
-    music = ((tokens[:, :renewed - 2] == newline) & (tokens[:, 1:renewed - 1] != percent)
-             & (tokens[:, 2:renewed] != colon))
+    newline, percent, colon = vocab.encode("\n%:")
+    first, second = tokens[:, 1:renewed - 1], tokens[:, 2:renewed]
+    field = (np.isin(first, vocab.encode(string.ascii_letters)) & (second == colon)) | (first == percent)
+    music = (tokens[:, :renewed - 2] == newline) & ~field  # the first line that is no field ends the header
     header = np.minimum(np.where(music.any(1), music.argmax(1) + 1, 0), half * 3 // 4)
     return np.stack([np.append(row[:h], row[renewed - half + h:])
                      for row, h in zip(tokens, header, strict=True)])

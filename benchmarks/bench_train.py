@@ -100,10 +100,11 @@ def rival(lr):
     """A way to train the rival with the loop of the study. nanoGPT uses float32 on a CPU."""
     patches = {"build_model": lambda size, vocab_size, cfg: Rival(size, vocab_size, cfg.seq_len),
                "make_optimizers": rival_optimizers, "lr_scale": cosine,
+               "peak_rates": lambda size, cfg: (cfg.LR, cfg.LR),
                "count_params": lambda model: {"n_params": sum(p.numel() for p in model.parameters())}}
     if not torch.cuda.is_available():
         patches["has_bfloat16"] = lambda cfg: False
-    return patch.multiple(study, **patches), {"LR": lr, "LR_ADAM": lr}
+    return patch.multiple(study, **patches), {"LR": lr}
 
 
 def changed_model(change):

@@ -41,7 +41,7 @@ def slow_greedy(model, prompt, n, seq_len):
                 break
             ids, context = [*ids, best], [*context, best]
             if len(context) > seq_len:
-                music = re.search(r"\n[^%][^:]", VOCAB.decode(ids))  # the first line that is no field
+                music = re.search(r"\n(?!%|[A-Za-z]:)[^\0]{2}", VOCAB.decode(ids))  # not a field
                 header = min(music.start() + 2, half * 3 // 4) if music else 0
                 context = ids[:header] + ids[len(ids) - half + header :]
     return VOCAB.decode(ids)
@@ -78,6 +78,14 @@ def test_cached_sampling_is_uncached_sampling_also_beyond_the_window(name):
     for prompt, tune in zip(prompts, found, strict=True):
         assert tune["text"] == slow_greedy(model, prompt, 100, 32)
     assert max(len(tune["text"]) for tune in found) > 90
+
+
+def test_a_renewed_window_keeps_the_header_of_any_abc():
+    header = "X:1\nM:4/4\n%%MIDI program 5\nK:Gmaj\n"
+    for music in ("|:GABc dedB|\n" * 20, "[V:1]GABcdedB|\n" * 20, "GABc dedB|\n" * 20):
+        tokens = VOCAB.encode(header + music)[None]
+        kept = VOCAB.decode(study.window_after(tokens, 128, VOCAB)[0])
+        assert kept.startswith(header) and kept[len(header):] == music[-(len(kept) - len(header)):]
 
 
 @pytest.mark.parametrize("name", ["gpt_16w", "lstm_20w"])
