@@ -324,6 +324,7 @@ class Cfg(metaclass=KnobType):
         need(self.DEVICE in ("auto", "cpu", "cuda"), f"DEVICE is {self.DEVICE!r}; choose auto, cpu or cuda")
         need(self.DEVICE != "cuda" or torch.cuda.is_available(),
              "DEVICE is cuda, but torch sees no CUDA GPU; use cpu")
+        need(self.device != "cuda" or not gpu_fault(), gpu_fault())
         need(self.SPLIT_BY in ("work", "file"), f"SPLIT_BY is {self.SPLIT_BY!r}; choose work or file")
         need(self.VAL_FRAC + (self.TEST_FRAC or self.VAL_FRAC) <= 0.5,
              "VAL_FRAC + TEST_FRAC (0: as VAL_FRAC) must leave at least half of the data to train")
@@ -2473,24 +2474,26 @@ class Muon(torch.optim.Optimizer):
     https://kellerjordan.github.io/posts/muon/. Other than torch.optim.Muon, which takes one matrix at a time,
     it takes all of one shape together, tall ones turned, in `dtype` if they are not small: that suits a CPU,
     and small models on a GPU. A parameter with an attribute `stacked` = n is n matrices stacked along its
-    rows, each orthogonalised on its own.
+    rows, each orthogonalised on its own. Where the tensor `found_inf` is not 0 a step leaves everything as it
+    is, as in torch's fused AdamW: the device skips it and nobody has to wait for the answer.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95, dtype=torch.float32):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.dtype = dtype
+        self.dtype, self.found_inf = dtype, torch.zeros(())
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             parameters, beta = group["params"], group["momentum"]
-            gradients, by_shape = [p.grad for p in parameters], {}
+            gradients, by_shape, skip = [p.grad for p in parameters], {}, self.found_inf != 0
             for p in parameters:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
             momenta = [self.state[p]["momentum"] for p in parameters]
+            gradients = [torch.where(skip, m, g) for m, g in zip(momenta, gradients, strict=True)]
             torch._foreach_lerp_(momenta, gradients, 1 - beta)
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(parameters, torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"]))
             for p, update in zip(parameters, torch._foreach_lerp(gradients, momenta, beta), strict=True):
                 parts = update.view(getattr(p, "stacked", 1), -1, p.size(1))  # Nesterov's momentum
                 tall = parts.size(1) > parts.size(2)
@@ -2499,6 +2502,7 @@ class Muon(torch.optim.Optimizer):
             for (rows, _), members in by_shape.items():
                 dtype = self.dtype if rows >= 64 else torch.float32  # small ones: half the time on a CPU
                 updates = orthogonalise(torch.cat([parts for _, parts, _ in members]), dtype).float()
+                updates = torch.where(skip, 0.0, updates)
                 updates = updates.split([len(parts) for _, parts, _ in members])
                 for (p, _, tall), update in zip(members, updates, strict=True):
                     update = (update.mT if tall else update).reshape(p.shape)
@@ -2730,6 +2734,11 @@ class Diverged(RuntimeError):
     """A training loss that is no number, worse than guessing, or far above those before it."""
 
 
+def out_of_memory(error):
+    """Whether an exception says that the GPU is full; cuBLAS and cuDNN say it by a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
 class Trainer:
     """What a training run owns; `state()` is all of it: a run goes on as if it had never stopped."""
 
@@ -2749,16 +2758,17 @@ class Trainer:
             self.forward = torch.compile(self.model, dynamic=False)
         self.optimizers = make_optimizers(self.model, cfg)
         half = amp_dtype(run.size.family, cfg) == torch.float16
-        self.scaler = torch.amp.GradScaler(cfg.device, enabled=half)
+        self.scaler = torch.amp.GradScaler(cfg.device, enabled=half, growth_interval=100)
+        self.skipped = torch.zeros((), device=cfg.device)  # steps on end without a finite gradient
         self.rank, self.ranks = rank_and_ranks()
         self.step = self.leg = 0
         self.curve = {"tokens": [], "train_loss": [], "lr": [], "tokens_per_s": []}
         self.rows = []  # one result for each branch that has ended
         self.trained, self.seconds = 0, 0.0  # characters and time, those of branches included
-        self.micro = windows_per_pass(run.size, cfg)
+        self.micro = min(windows_per_pass(run.size, cfg), -(-cfg.batch // self.ranks))
 
     def state(self):
-        return {"model": self.model.state_dict(), "scaler": self.scaler.state_dict(),
+        return {"model": own_weights(self.model), "scaler": self.scaler.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 **{name: getattr(self, name) for name in ("recipe", "step", "curve", *self.progress)}}
 
@@ -2798,9 +2808,11 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = peak * lr_share
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), cfg.CLIP_NORM)
-        if not self.scaler.is_enabled() or norm.isfinite():  # an overflow in float16 skips both optimisers
-            for optimizer in self.optimizers:
-                optimizer.step()
+        bad = (~norm.isfinite()).float()  # a step without a finite gradient is skipped, by both optimisers
+        for optimizer in self.optimizers:
+            optimizer.found_inf = bad
+            optimizer.step()
+        self.skipped = (self.skipped + bad) * bad
         self.scaler.update()
         self.step += 1
         self.trained += cfg.batch_tokens
@@ -2811,16 +2823,17 @@ class Trainer:
         while True:
             try:
                 return self.backward(chunk)
-            except torch.OutOfMemoryError:
-                need(self.micro > 1, "out of memory with one window; lower SEQ_LEN or leave this model out")
-                self.micro //= 2
-                say(f"{self.run.name}: out of memory, going on with {self.micro} windows per forward pass")
             except Exception as error:  # torch.compile raises whatever its many parts do
-                if self.forward is self.model:
+                if out_of_memory(error):
+                    need(self.micro > 1, "out of memory with one window; lower SEQ_LEN or drop this model")
+                    self.micro //= 2
+                    say(f"{self.run.name}: out of memory, going on with {self.micro} windows per pass")
+                elif self.forward is not self.model:
+                    self.forward = self.model
+                    reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+                    say(f"{self.run.name}: going on without torch.compile, which failed ({reason})")
+                else:
                     raise
-                self.forward = self.model
-                reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-                say(f"{self.run.name}: going on without torch.compile, which failed ({reason})")
             torch.cuda.empty_cache()  # here the exception no longer holds the tensors of the failed pass
 
     def backward(self, chunk):
@@ -2855,6 +2868,8 @@ class Trainer:
             limit = min(limit, max(1.5 * recent.mean(), recent.mean() + 8 * recent.std()))
         if not loss <= limit:
             raise self.diverged(f"a loss of {loss:.3g}")
+        if self.skipped >= 25:  # float16 finds its scale in fewer
+            raise self.diverged(f"no finite gradient in {self.skipped:.0f} steps on end")
 
     def diverged(self, what):
         cfg, run = self.cfg, self.run
@@ -2928,10 +2943,15 @@ def train_model(run, vocab, cfg, bar, step_work=1.0):
         write_model(trainer)
 
 
+def own_weights(model):
+    """The weights on the CPU, each with a storage of its own: cuDNN keeps those of an LSTM in one."""
+    return {name: weight.cpu().clone() for name, weight in model.state_dict().items()}
+
+
 def write_model(trainer):
     """The finished model and its record; what only an interrupted training needs goes."""
     run, cfg = trainer.run, trainer.cfg
-    content = {"format": CHECKPOINT_FORMAT, "model": trainer.model.state_dict(), "size": list(run.size),
+    content = {"format": CHECKPOINT_FORMAT, "model": own_weights(trainer.model), "size": list(run.size),
                "seq_len": cfg.seq_len, "vocab": list(trainer.vocab.chars), "result": trainer.rows[-1]}
     with atomic_path(run.path("model", cfg)) as partial:
         torch.save(content, partial)
@@ -3106,6 +3126,23 @@ def write_results(runs, cfg):
     write_json(Path(cfg.SAVE_DIR, "training_curves.json"), {name: {
         **record["curve"], "val_tokens": [row["tokens"] for row in record["rows"]],
         "val_loss": [row["val_loss"] for row in record["rows"]]} for name, record in records.items()})
+
+
+def gpu_fault():
+    """In a sentence, why torch can't use the NVIDIA GPU of this machine; empty if it can."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        kernels = re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))
+        oldest = min(map(int, kernels), default=0)
+        return (10 * major + minor < oldest) * (
+            f"{torch.cuda.get_device_name()} (sm_{major}{minor}) is too old for torch {torch.__version__}, "
+            f"which begins with sm_{oldest}: use --DEVICE cpu or an older torch")
+    if torch.version.cuda:
+        return (f"torch {torch.__version__} for CUDA {torch.version.cuda} finds no GPU; if there is one, its "
+                "driver is too old for that (nvidia-smi shows its version): install a torch that fits it")
+    if shutil.which("nvidia-smi"):
+        return f"there is an NVIDIA driver, but torch {torch.__version__} has no CUDA: install one that has"
+    return ""
 
 
 def device_name(cfg):
@@ -5093,6 +5130,8 @@ def parse_knob(name, text):
 def banner(cfg, stages=None):
     """What is about to happen, on what, for how long, and how to have it otherwise."""
     training = train in (stages or STAGES)
+    if cfg.DEVICE == "auto" and cfg.device == "cpu" and gpu_fault():
+        say(f"note      {gpu_fault()}")
     minutes = f", roughly {estimated_minutes(cfg):.0f} minutes of training" if training else ""
     say(f"corpus    {cfg.corpus}\n"
         f"device    {device_name(cfg)}\n"

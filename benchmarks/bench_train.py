@@ -83,8 +83,7 @@ def rival_optimizers(model, cfg):
     """AdamW with weight decay on all matrices and tables; the second one holds the norms."""
     decayed = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    fused = torch.cuda.is_available()  # as nanoGPT does
-    return [torch.optim.AdamW(group, lr=cfg.LR, betas=(0.9, 0.95), weight_decay=decay, fused=fused)
+    return [torch.optim.AdamW(group, lr=cfg.LR, betas=(0.9, 0.95), weight_decay=decay, fused=True)
             for group, decay in ((decayed, 0.1), (rest, 0.0))]
 
 
@@ -121,8 +120,8 @@ def changed_model(change):
 def adamw_for_all(model, cfg):
     muon, adam = make_optimizers(model, cfg)
     matrices, others = (optimizer.param_groups[0]["params"] for optimizer in (muon, adam))
-    return [torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.1),
-            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
+            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
 class PositionedEmbedding(nn.Embedding):

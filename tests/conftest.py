@@ -61,6 +61,6 @@ def midi_zip(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory, midi_zip):
     """The cfg of a finished smoke study."""
-    cfg = LakhMIDI.Cfg.smoke(tmp_path_factory.mktemp("smoke"), LMD_ZIP_PATH=midi_zip)
+    cfg = LakhMIDI.Cfg.smoke(tmp_path_factory.mktemp("smoke"), LMD_ZIP_PATH=midi_zip, DEVICE="cpu")
     LakhMIDI.run_stages(cfg)
     return cfg

@@ -271,6 +271,72 @@ def test_scaled_gradients_are_clipped_as_plain_ones_and_an_overflow_skips_the_wh
     assert not torch.equal(weights(scaled), before)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_gradient_that_is_no_number_costs_one_step_in_every_precision(trainer, monkeypatch, bad):
+    monkeypatch.setattr(study, "amp_dtype", lambda family, cfg: torch.bfloat16)
+    one = trainer()
+    one.train_step(1.0)
+    before, momenta = weights(one), [dict(optimizer.state) for optimizer in one.optimizers]
+    momenta = [v.clone() for states in momenta for state in states.values() for v in state.values()]
+    first = torch.tensor([0])
+    hook = one.model.head.weight.register_hook(lambda gradient: gradient.index_fill(0, first, bad))
+    one.train_step(1.0)
+    after = [v for optimizer in one.optimizers for state in optimizer.state.values() for v in state.values()]
+    assert torch.equal(weights(one), before) and all(map(torch.equal, momenta, after))
+    for _ in range(30):
+        one.train_step(1.0)
+    with pytest.raises(study.Diverged, match="no finite gradient"):
+        one.check(2.0)
+    hook.remove()
+    one.train_step(1.0)
+    one.check(2.0)
+    assert weights(one).isfinite().all() and not torch.equal(weights(one), before)
+
+
+def test_a_full_gpu_that_cublas_reports_is_no_failure_of_the_compiler(trainer, monkeypatch, capsys):
+    one, forward = trainer(), study.GPT.forward
+
+    def full(self, tokens, state=None):
+        if len(tokens) > 2:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return forward(self, tokens, state)
+    monkeypatch.setattr(study.GPT, "forward", full)
+    assert one.train_step(1.0).isfinite() and one.micro == 2
+    assert capsys.readouterr().out.count("out of memory") == 1
+
+
+def test_weights_that_share_a_storage_are_saved_apart(tiny, monkeypatch, tmp_path):
+    cfg, vocab = tiny
+    model = study.build_model("lstm_10w", len(vocab.chars), cfg)
+    weights = list(model.lstm.parameters())
+    flat = torch.cat([p.data.flatten() for p in weights])  # as cuDNN keeps them
+    for p, part in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
+        p.data = part.view_as(p)
+    assert model.state_dict()["lstm.bias_hh_l0"].untyped_storage().nbytes() == flat.nbytes
+    assert all(w.untyped_storage().nbytes() == w.nbytes for w in study.own_weights(model).values())
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_in_one_line(monkeypatch):
+    class Card:
+        found, capability, cuda, driver = True, (6, 0), "13.0", None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: Card.found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: Card.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "sm_120", "compute_120"])
+    monkeypatch.setattr(study.shutil, "which", lambda name: Card.driver)
+    with pytest.raises(UserError, match=r"P100 \(sm_60\) is too old.*sm_75"):
+        Cfg(DEVICE="cuda").check()
+    Card.capability = (9, 0)
+    Cfg(DEVICE="cuda").check()
+    Card.found = False
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "its driver is too old" in study.gpu_fault()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert study.gpu_fault() == ""
+    Card.driver = "/usr/bin/nvidia-smi"
+    assert "has no CUDA" in study.gpu_fault()
+
+
 def test_a_checkpoint_without_a_loss_scale_goes_on_with_one(trainer):
     one, again = trainer(), trainer()
     one.train_step(1.0)
