@@ -2308,7 +2308,8 @@ def plot_lengths(chars, path):
 # 6 Models: a Transformer and an LSTM with one face, forward(tokens, state) -> (logits, state)
 # ============================================================================================================
 # state = None is training and scoring: the window starts from nothing and no state comes back.
-# state = model.empty_state(B, T) is sampling: tokens may come a few at a time, it remembers those before.
+# state = model.empty_state(B, T) is sampling: tokens may come a few at a time, it remembers those before. All
+# its tensors have the batch first: a row can be replaced or set back while others go on, see `sample`.
 
 
 def rms_norm(x):
@@ -2322,18 +2323,16 @@ def rotary(x, cos, sin):
 
 
 def attention(q, k, v):
-    """Causal attention of the last T characters (B, heads, T, width) to the S >= T characters of k and v."""
-    T, S = q.size(2), k.size(2)
+    """Causal attention, (B, heads, T, width) each."""
     if not q.is_cuda and q.dtype == torch.bfloat16:  # a third of the time of torch's own on a CPU
-        return (q * q.size(-1)**-0.5 @ k.mT).add_(later(T, S, q.dtype)).softmax(-1) @ v
-    mask = later(T, S, q.dtype).to(q.device) if S > T > 1 else None  # is_causal would start in its corner
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == T > 1)
+        return (q * q.size(-1)**-0.5 @ k.mT).add_(causal_mask(q.size(2), q.dtype)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 @functools.lru_cache(maxsize=4)
-def later(T, S, dtype):
-    """(T, S): minus infinity where a character would see one that comes after it, else 0."""
-    return torch.full((T, S), -math.inf, dtype=dtype).triu(S - T + 1)
+def causal_mask(T, dtype):
+    """(T, T): minus infinity where a character would see one that comes after it, else 0."""
+    return torch.full((T, T), -math.inf, dtype=dtype).triu(1)
 
 
 class Block(nn.Module):
@@ -2356,11 +2355,11 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def empty_state(self, batch, length):
-        """Keys and values (2, B, heads, length, width) of the characters read, and the last three inputs."""
+        """Keys and values (B, length, 2, heads, width) of the characters read, and the last three inputs."""
         C, new = self.mix.size(2), self.mix.new_zeros
-        return new(2, batch, self.heads, length, C // self.heads), new(batch, 3, C)
+        return new(batch, length, 2, self.heads, C // self.heads), new(batch, 3, C)
 
-    def forward(self, x, cos, sin, state=None, start=0):  # x (B, T, C)
+    def forward(self, x, cos, sin, state=None, place=None, seen=None):  # x (B, T, C), place (B, T)
         B, T, C = x.shape
         past, before = state or (None, x.new_zeros(B, 3, C))
         x = torch.cat([before, x], dim=1)
@@ -2374,9 +2373,13 @@ class Block(nn.Module):
         q, k = rotary(qk, cos, sin)
         k, v = rms_norm(k).to(v.dtype), v[0]  # keys of one length keep the logits in bounds
         if state:
-            past[0, :, :, start:start + T], past[1, :, :, start:start + T] = k, v
-            k, v = past[:, :, :, :start + T]
-        x = x + self.proj(attention(q, k, v).transpose(1, 2).reshape(B, T, C))
+            rows = torch.arange(B, device=x.device)[:, None]
+            past[rows, place] = torch.stack([k, v]).permute(1, 3, 0, 2, 4)
+            k, v = past[:, :seen.size(-1)].permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        else:
+            y = attention(q, k, v)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
         return x + self.mlp(rms_norm(x))
 
     def mlp(self, x):
@@ -2397,14 +2400,24 @@ class GPT(nn.Module):
         self.register_buffer("sin", torch.cat([angles, -angles], dim=1).sin(), persistent=False)
 
     def empty_state(self, batch, length):
-        return [0, [block.empty_state(batch, length) for block in self.blocks]]  # characters read, states
+        """How many characters each row has read, on the CPU, and the state of each block."""
+        return [torch.zeros(batch, dtype=torch.long),
+                [block.empty_state(batch, length) for block in self.blocks]]
 
     def forward(self, tokens, state=None):  # (B, T) -> (B, T, V)
-        start, states = state or (0, [None] * len(self.blocks))
-        span, x = slice(start, start + tokens.size(1)), rms_norm(self.embed(tokens))
+        T, x = tokens.size(1), rms_norm(self.embed(tokens))
+        if state is None:
+            for block in self.blocks:
+                x = block(x, self.cos[:T], self.sin[:T])
+            return self.head(rms_norm(x)), None
+        read, states = state
+        place = read[:, None] + torch.arange(T)  # (B, T), in the window of each row
+        seen = torch.arange(int(read.max()) + T) <= place[:, None, :, None]  # (B, 1, T, S)
+        place, seen = place.to(x.device), seen.to(x.device)
+        cos, sin = self.cos[place][:, None], self.sin[place][:, None]
         for block, block_state in zip(self.blocks, states, strict=True):
-            x = block(x, self.cos[span], self.sin[span], block_state, start)
-        return self.head(rms_norm(x)), state and [span.stop, states]
+            x = block(x, cos, sin, block_state, place, seen)
+        return self.head(rms_norm(x)), [read + T, states]
 
     def matmul_params(self):
         """Weights of the matrix products of a character: all but the embedding and the mixing weights."""
@@ -2432,12 +2445,13 @@ class LSTM(nn.Module):
                 nn.init.zeros_(weight)
 
     def empty_state(self, batch, length):
-        zeros = self.head.weight.new_zeros(self.size.layers, batch, self.size.width)
-        return zeros, zeros
+        """Output and cell of each layer: twice (B, layers, width)."""
+        return [self.head.weight.new_zeros(batch, self.size.layers, self.size.width) for _ in range(2)]
 
     def forward(self, tokens, state=None):  # (B, T) -> (B, T, V)
-        x, after = self.lstm(rms_norm(self.embed(tokens)), state)
-        return self.head(rms_norm(x)), state and after
+        before = state and tuple(part.transpose(0, 1).contiguous() for part in state)
+        x, after = self.lstm(rms_norm(self.embed(tokens)), before)
+        return self.head(rms_norm(x)), state and [part.transpose(0, 1).contiguous() for part in after]
 
     def matmul_params(self):
         """Weights that every character is multiplied with: all but embedding and biases."""
