@@ -206,13 +206,18 @@ class Cfg(metaclass=KnobType):
     TOP_P = 0.98  # sample from the likeliest characters that hold this share of the probability
 
     def __init__(self, **knobs):
-        for name in knob_names(type(self)):  # a snapshot: later edits of the class leave this study alone
-            super().__setattr__(name, getattr(type(self), name))
-        for name, value in knobs.items():
-            setattr(self, name, value)
+        names = knob_names(type(self))  # a snapshot: later edits of the class leave this study alone
+        vars(self)["given"] = {name: getattr(type(self), name) for name in names}
+        self.give(**knobs)
 
     def __setattr__(self, name, value):
-        super().__setattr__(name, checked_knob(type(self), name, value))
+        self.give(**{name: value})
+
+    def give(self, **knobs):
+        """Sets knobs, and anew what was left open: `cfg.STUDY = "smoke"` also brings the study's SEQ_LEN."""
+        checked = {name: checked_knob(type(self), name, value) for name, value in knobs.items()}
+        vars(self)["given"] = self.given | checked
+        vars(self).update(settled(self.given))
 
     @classmethod
     def smoke(cls, root, **knobs):
@@ -223,11 +228,6 @@ class Cfg(metaclass=KnobType):
         return cls(**{"DATA_ROOT": root / "data_lakh", "SAVE_DIR": root / "runs_lakh", **small, **knobs})
 
     # --- derived values
-    @property
-    def device(self):
-        """The torch device type that is used: "cuda" or "cpu"."""
-        return self.DEVICE if self.DEVICE != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
     @property
     def source(self):
         """What identifies the MIDI files of this study; UserError if they are not there."""
@@ -252,88 +252,34 @@ class Cfg(metaclass=KnobType):
         return f"folder {self.LOCAL_MIDI_ROOT}" if self.USE_LOCAL_MIDI else FOLK
 
     @property
-    def study(self):
-        return self.STUDY if self.STUDY != "auto" else "full" if self.device == "cuda" else "cpu"
-
-    @property
-    def ladder(self):
-        """The models to train, small to large within each family: a tuple of Size."""
-        known = {size.name: size for study in reversed(STUDIES.values()) for size in study.ladder}
-        known |= {size.name: size for size in STUDIES[self.study].ladder}  # a name may stand in two studies
-        chosen = self.MODELS or STUDIES[self.study].ladder
-        kinds = [str, str, int, int, int]
-        rows = [m for m in chosen if not isinstance(m, str)]
-        need(all(isinstance(row, (tuple, list)) and [*map(type, row)] in (kinds, kinds[:4]) for row in rows),
-             "a row of MODELS is (family, size, layers, width), for a GPT also its heads")
-        unknown = [m for m in chosen if isinstance(m, str) and m not in known]
-        need(not unknown, f"MODELS names {unknown}; known are {', '.join(known)}")
-        return tuple(known[m] if isinstance(m, str) else Size(*m) for m in chosen)
-
-    @property
-    def train_tokens(self):
-        return self.TRAIN_TOKENS_TARGET or STUDIES[self.study].tokens
-
-    @property
-    def batch_tokens(self):
-        return self.BATCH_TOKENS or STUDIES[self.study].batch_tokens
-
-    @property
-    def seq_len(self):
-        return self.SEQ_LEN or STUDIES[self.study].seq_len
-
-    @property
     def batch(self):
         """Windows per optimiser step."""
-        return self.batch_tokens // self.seq_len
-
-    @property
-    def samples(self):
-        return self.SAMPLES or (500 if self.device == "cuda" else 20)
-
-    @property
-    def sample_chars(self):
-        return self.SAMPLE_CHARS or (4_000 if self.device == "cuda" else 1_200)
+        return self.BATCH_TOKENS // self.SEQ_LEN
 
     @property
     def steps(self):
         """Optimiser steps of a full-budget run."""
-        return max(1, self.train_tokens // self.batch_tokens)
-
-    @property
-    def midi_root(self):
-        if self.USE_LOCAL_MIDI:
-            return Path(self.LOCAL_MIDI_ROOT)
-        return Path(self.MIDI_ROOT or Path(self.DATA_ROOT, "midi"))
-
-    @property
-    def abc_root(self):
-        return Path(self.ABC_ROOT or Path(self.DATA_ROOT, "abc"))
+        return max(1, self.TRAIN_TOKENS_TARGET // self.BATCH_TOKENS)
 
     @property
     def tokens_root(self):
         return Path(self.DATA_ROOT, "tokens")
 
-    @property
-    def workers(self):
-        linux = hasattr(os, "sched_getaffinity")  # which knows the cores that this process may use
-        return self.WORKERS or (len(os.sched_getaffinity(0)) if linux else os.cpu_count())
-
     def check(self):
         """Raises UserError for knobs that are each of the right type and make no sense together."""
-        need(self.STUDY in ("auto", *STUDIES), f"STUDY is {self.STUDY!r}; choose auto, {', '.join(STUDIES)}")
         need(self.DEVICE in ("auto", "cpu", "cuda"), f"DEVICE is {self.DEVICE!r}; choose auto, cpu or cuda")
         need(self.DEVICE != "cuda" or torch.cuda.is_available(),
              "DEVICE is cuda, but torch sees no CUDA GPU; use cpu")
-        need(self.device != "cuda" or not gpu_fault(), gpu_fault())
+        need(self.DEVICE != "cuda" or not gpu_fault(), gpu_fault())
         need(self.SPLIT_BY in ("work", "file"), f"SPLIT_BY is {self.SPLIT_BY!r}; choose work or file")
         need(self.VAL_FRAC + (self.TEST_FRAC or self.VAL_FRAC) <= 0.5,
              "VAL_FRAC + TEST_FRAC (0: as VAL_FRAC) must leave at least half of the data to train")
-        need(self.batch_tokens % self.seq_len == 0,
-             f"BATCH_TOKENS ({self.batch_tokens}) must be a multiple of SEQ_LEN ({self.seq_len})")
+        need(self.BATCH_TOKENS % self.SEQ_LEN == 0,
+             f"BATCH_TOKENS ({self.BATCH_TOKENS}) must be a multiple of SEQ_LEN ({self.SEQ_LEN})")
         need(self.SEEDS >= 1, "SEEDS must be at least 1")
         need(self.BOOTSTRAP >= 2 and self.EVAL_TOKENS >= 2, "BOOTSTRAP and EVAL_TOKENS must be at least 2")
         need(0 < self.TOP_P <= 1 and self.CLIP_NORM > 0, "TOP_P must be in (0, 1], CLIP_NORM above 0")
-        need(self.seq_len >= 8, "SEQ_LEN must be at least 8")
+        need(self.SEQ_LEN >= 8, "SEQ_LEN must be at least 8")
         need(self.BUDGETS and all(isinstance(b, (int, float)) and 0 < b <= 1 for b in self.BUDGETS)
              and max(self.BUDGETS) == 1,
              "BUDGETS are shares of the training tokens in (0, 1], the largest of them 1")
@@ -341,9 +287,9 @@ class Cfg(metaclass=KnobType):
              "BETAS are two numbers in [0, 1)")
         need(0 < self.DECAY_FRAC <= 1 and self.WARMUP_FRAC + self.DECAY_FRAC <= 1,
              "DECAY_FRAC must be above 0, and WARMUP_FRAC + DECAY_FRAC at most 1")
-        names = Counter(size.name for size in self.ladder)
+        names = Counter(size.name for size in self.MODELS)
         need(max(names.values()) == 1, "MODELS holds the same model twice")
-        for size in self.ladder:
+        for size in self.MODELS:
             whole = min(size.layers, size.width, size.heads) > 0 and size.width % size.heads == 0
             need(size.family in ("gpt", "lstm") and whole and
                  (size.family == "lstm" or size.width // size.heads % 2 == 0),
@@ -358,6 +304,46 @@ def need(condition, sentence):
 
 def knob_names(cls=Cfg):
     return [name for klass in reversed(cls.__mro__) for name in vars(klass) if name.isupper()]
+
+
+def settled(given):
+    """{knob: its value in this study} for the knobs as they were given: what was left open gets its value."""
+    device, study = given["DEVICE"], given["STUDY"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if study == "auto":
+        study = "full" if device == "cuda" else "cpu"
+    need(study in STUDIES, f"STUDY is {study!r}; choose auto, {', '.join(STUDIES)}")
+    linux = hasattr(os, "sched_getaffinity")  # which knows the cores that this process may use
+    defaults = {
+        "TRAIN_TOKENS_TARGET": STUDIES[study].tokens,
+        "BATCH_TOKENS": STUDIES[study].batch_tokens,
+        "SEQ_LEN": STUDIES[study].seq_len,
+        "SAMPLES": 500 if device == "cuda" else 20,
+        "SAMPLE_CHARS": 4_000 if device == "cuda" else 1_200,
+        "WORKERS": len(os.sched_getaffinity(0)) if linux else os.cpu_count(),
+        "MIDI_ROOT": Path(given["DATA_ROOT"], "midi"),
+        "ABC_ROOT": Path(given["DATA_ROOT"], "abc")}
+    knobs = {name: value or defaults.get(name, value) for name, value in given.items()}
+    knobs |= {"DEVICE": device, "STUDY": study, "MODELS": ladder(given["MODELS"], study)}
+    if given["USE_LOCAL_MIDI"]:
+        knobs["MIDI_ROOT"] = given["LOCAL_MIDI_ROOT"]
+    roots = {name: Path(knobs[name]) for name in ("DATA_ROOT", "MIDI_ROOT", "ABC_ROOT", "SAVE_DIR")}
+    return knobs | roots
+
+
+def ladder(models, study):
+    """The models to train, small to large within each family, as a tuple of Size; none named: the study's."""
+    known = {size.name: size for other in reversed(STUDIES.values()) for size in other.ladder}
+    known |= {size.name: size for size in STUDIES[study].ladder}  # a name may stand in two studies
+    rows = [model for model in models if not isinstance(model, str)]
+    kinds = [str, str, int, int, int]
+    need(all(isinstance(row, (tuple, list)) and [*map(type, row)] in (kinds, kinds[:4]) for row in rows),
+         "a row of MODELS is (family, size, layers, width), for a GPT also its heads")
+    unknown = [model for model in models if isinstance(model, str) and model not in known]
+    need(not unknown, f"MODELS names {unknown}; known are {', '.join(known)}")
+    chosen = models or STUDIES[study].ladder
+    return tuple(known[model] if isinstance(model, str) else Size(*model) for model in chosen)
 
 
 def checked_knob(cls, name, value):
@@ -718,7 +704,7 @@ def folk_members(cfg):
             number = int(re.match(rb"X:\s*(\d+)", tune)[1])
             tunes[f"{book.parent.name}/{book.stem}_{number:04d}.mid"] = tune
     names = sorted(tunes, key=rank)
-    with abc2midi_program() as program, ThreadPool(2 * cfg.workers) as pool:  # threads mostly wait
+    with abc2midi_program() as program, ThreadPool(2 * cfg.WORKERS) as pool:  # threads mostly wait
         make = functools.partial(run_abc2midi, program)
         jobs = {name: pool.apply_async(make, [tunes[name]]) for name in names[:cfg.MAX_MIDI_FILES or None]}
         for name in progress(names, "extract", unit="tune"):
@@ -913,12 +899,12 @@ def check_size(size):
 
 
 def write_members(members, cfg, suffixes=MIDI_SUFFIXES):
-    """Writes music files below midi_root; returns the books. Raises UserError for a folder filled by others.
+    """Writes music files below MIDI_ROOT; returns the books. Raises UserError for a folder filled by others.
 
     No fsync, no renaming: what a killed run left half written is in no index, and is written again.
     """
-    root, taken = cfg.midi_root, set()
-    need(cfg.abc_root.resolve() != root.resolve(), "MIDI_ROOT and ABC_ROOT are one folder; set one of them")
+    root, taken = cfg.MIDI_ROOT, set()
+    need(cfg.ABC_ROOT.resolve() != root.resolve(), "MIDI_ROOT and ABC_ROOT are one folder; set one of them")
     marker = root / ".extracted_by_LakhMIDI"  # all beside it is ours to replace
     need(not root.exists() or marker.exists() or not any(root.iterdir()),
          f"{root} holds other files; set MIDI_ROOT to an empty folder, or read them with USE_LOCAL_MIDI")
@@ -949,7 +935,7 @@ def walk(root):
 def index_folder(cfg):
     """The books of LOCAL_MIDI_ROOT, which is only read."""
     root = Path(cfg.LOCAL_MIDI_ROOT).resolve()
-    for knob, path in (("DATA_ROOT", cfg.DATA_ROOT), ("ABC_ROOT", cfg.abc_root), ("SAVE_DIR", cfg.SAVE_DIR)):
+    for knob, path in (("DATA_ROOT", cfg.DATA_ROOT), ("ABC_ROOT", cfg.ABC_ROOT), ("SAVE_DIR", cfg.SAVE_DIR)):
         need(not Path(path).resolve().is_relative_to(root),
              f"{knob} is inside LOCAL_MIDI_ROOT, where nothing is written; move one of them")
 
@@ -965,7 +951,7 @@ def index_folder(cfg):
 
 
 def read_source(cfg):
-    """The books of the source that the knobs name; its files are then below midi_root."""
+    """The books of the source that the knobs name; its files are then below MIDI_ROOT."""
     downloads = Path(cfg.DATA_ROOT, "downloads")
     if cfg.USE_LOCAL_MIDI:
         return index_folder(cfg)
@@ -988,16 +974,16 @@ def read_source(cfg):
 
 @stage(version=2, knobs="source MAX_MIDI_FILES MIDI_ROOT")
 def extract(cfg):
-    """Puts the music files of the source into midi_root; midi_index.json says which of those there to use."""
+    """Puts the music files of the source into MIDI_ROOT; midi_index.json says which of those there to use."""
     index = Path(cfg.DATA_ROOT, "midi_index.json")
     index.unlink(missing_ok=True)
-    books = {"corpus": cfg.corpus, "source": source_id(cfg), "root": str(cfg.midi_root)} | read_source(cfg)
+    books = {"corpus": cfg.corpus, "source": source_id(cfg), "root": str(cfg.MIDI_ROOT)} | read_source(cfg)
     files, skipped = books["files"], books["skipped"]
     assert books["seen"] == len(files) + sum(skipped.values()), skipped
     need(files, f"no music files in {cfg.corpus}; skipped: {skipped or 'nothing'}")
     say(f"extract   {len(files):,} of {books['seen']:,} files; skipped: {skipped or 'none'}")
     write_json(index, books)
-    return [index] if cfg.USE_LOCAL_MIDI else [index, cfg.midi_root]
+    return [index] if cfg.USE_LOCAL_MIDI else [index, cfg.MIDI_ROOT]
 
 
 # ============================================================================================================
@@ -1912,7 +1898,7 @@ def convert_file(source, target, cfg):
     except Exception as error:  # out of memory, unreadable, or a bug: one file must not stop the others
         return {"reason": f"failed_{type(error).__name__}"}
     write_text(target, row.pop("abc"))
-    return {"abc": Path(target).relative_to(cfg.abc_root).as_posix(), **row}
+    return {"abc": Path(target).relative_to(cfg.ABC_ROOT).as_posix(), **row}
 
 
 def limit_worker():
@@ -1925,8 +1911,8 @@ def limit_worker():
 
 
 def abc_path(file, cfg):
-    """Where the text of a file relative to midi_root goes."""
-    return cfg.abc_root / f"{file.removesuffix('.abc')}.abc"
+    """Where the text of a file relative to MIDI_ROOT goes."""
+    return cfg.ABC_ROOT / f"{file.removesuffix('.abc')}.abc"
 
 
 def convert_all(files, cfg):
@@ -1935,7 +1921,7 @@ def convert_all(files, cfg):
     Few files are in flight, so that memory does not grow with their number.
     """
     jobs = collections.deque()
-    workers = max(1, cfg.workers // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a torchrun's ranks
+    workers = max(1, cfg.WORKERS // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a torchrun's ranks
 
     def oldest_row():
         try:
@@ -1948,7 +1934,7 @@ def convert_all(files, cfg):
     with ProcessPool(max_workers=workers, initializer=limit_worker) as pool:
         try:
             for file in files:
-                paths = cfg.midi_root / file, abc_path(file, cfg)
+                paths = cfg.MIDI_ROOT / file, abc_path(file, cfg)
                 jobs.append(pool.schedule(convert_file, (*paths, cfg), timeout=cfg.CONVERT_TIMEOUT))
                 if len(jobs) > 64 * workers:  # enough to keep the others busy while one takes its time
                     yield oldest_row()
@@ -1966,12 +1952,12 @@ def open_journals(recipe, cfg):
     journals = journal_paths(cfg)
     if all(path.exists() and next(read_jsonl(path), None) == recipe for path in journals):
         return journals
-    for path in (*cfg.abc_root.glob("journal*.jsonl"), *cfg.abc_root.glob("report.jsonl")):
+    for path in (*cfg.ABC_ROOT.glob("journal*.jsonl"), *cfg.ABC_ROOT.glob("report.jsonl")):
         if next(read_jsonl(path), None) == recipe:
             say("convert   begins anew: it was interrupted with another number of processes in a torchrun")
         for row in read_jsonl(path):
             if "abc" in row:
-                Path(cfg.abc_root, row["abc"]).unlink(missing_ok=True)
+                Path(cfg.ABC_ROOT, row["abc"]).unlink(missing_ok=True)
         path.unlink()
     for path in journals:
         write_text(path, json.dumps(recipe) + "\n")
@@ -1980,7 +1966,7 @@ def open_journals(recipe, cfg):
 
 def journal_paths(cfg):
     ranks = rank_and_ranks()[1]
-    return [cfg.abc_root / f"journal_{number}_of_{ranks}.jsonl" for number in range(ranks)]
+    return [cfg.ABC_ROOT / f"journal_{number}_of_{ranks}.jsonl" for number in range(ranks)]
 
 
 def convert_share(cfg):
@@ -2011,14 +1997,14 @@ def converted(journals):
 @stage(version=2, knobs="corpus ABC_ROOT CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", after=extract)
 def convert(cfg):
     """Converts every MIDI file in a worker that may die; every file ends as text or as a counted reason."""
-    report, journals = cfg.abc_root / "report.jsonl", open_journals(convert.recipe(cfg), cfg)
+    report, journals = cfg.ABC_ROOT / "report.jsonl", open_journals(convert.recipe(cfg), cfg)
     from_rank_0(convert.__name__)
     convert_share(cfg)
     reasons = Counter(row.get("reason", "") for row in converted(journals))
     total, accepted = reasons.total(), reasons.pop("", 0)
     need(total == len(midi_files(cfg)), "the books of the conversion do not balance")
     need(accepted, f"no MIDI file became ABC: {dict(reasons)}")
-    signatures = np.lib.format.open_memmap(cfg.abc_root / "signatures.npy", "w+", "<u4", (accepted, NUM_PERM))
+    signatures = np.lib.format.open_memmap(cfg.ABC_ROOT / "signatures.npy", "w+", "<u4", (accepted, NUM_PERM))
     with atomic_path(report) as partial, open(partial, "w", encoding="utf-8", newline="\n") as out:
         place = itertools.count()
         for row in converted(journals):
@@ -2030,7 +2016,7 @@ def convert(cfg):
         journal.unlink()
     say(f"convert   {accepted:,} of {total:,} files became ABC; "
         f"rejected: {dict(reasons.most_common()) or 'none'}")
-    return [report, cfg.abc_root]
+    return [report, cfg.ABC_ROOT]
 
 
 # ============================================================================================================
@@ -2184,7 +2170,7 @@ def leak_of_file_split(group_ids, sizes_in_chars, val_frac, test_frac):
 
 def read_blocks(tunes, desc, cfg, size=2**20):
     """Yields [(tune, text), ...] of about `size` characters: numpy on one short tune at a time is slow."""
-    root, block, chars = cfg.abc_root, [], 0
+    root, block, chars = cfg.ABC_ROOT, [], 0
     for tune in progress(tunes, desc, unit="tune"):
         with open(f"{root}/{tune['abc']}", "rb") as file:  # a fraction of the time of Path.read_text
             block.append((tune, file.read().decode("utf-8")))
@@ -2225,12 +2211,12 @@ def write_tokens(split, tunes, vocab, cfg):
 @stage(version=3, knobs="VAL_FRAC TEST_FRAC SPLIT_BY SEED", after=convert)
 def tokenize(cfg):
     """Splits the tunes so that no version of a held-out tune is trained on, and writes them as token ids."""
-    report = list(read_jsonl(cfg.abc_root / "report.jsonl"))
+    report = list(read_jsonl(cfg.ABC_ROOT / "report.jsonl"))
     tunes = [row for row in report if "abc" in row]
     need(len(tunes) >= 3, f"only {len(tunes)} tunes were converted, and a study needs at least three; see "
-                          f"{cfg.abc_root / 'report.jsonl'} for the reasons")
+                          f"{cfg.ABC_ROOT / 'report.jsonl'} for the reasons")
     chars = np.array([tune["n_chars"] for tune in tunes])
-    signatures = np.load(cfg.abc_root / "signatures.npy", mmap_mode="r")
+    signatures = np.load(cfg.ABC_ROOT / "signatures.npy", mmap_mode="r")
     works = group_works(signatures, [tune["hash"] for tune in tunes],
                         [tune.get("work") or tune["file"] for tune in tunes])
     fractions = held_out_fractions(chars.sum(), cfg)
@@ -2462,12 +2448,12 @@ class LSTM(nn.Module):
 
 
 def build_model(size, vocab_size, cfg):
-    """A new model for `size`, a Size or the name of one in cfg.ladder, from torch's global generator."""
+    """A new model for `size`, a Size or the name of one in cfg.MODELS, from torch's global generator."""
     if isinstance(size, str):
-        rows = [row for row in cfg.ladder if row.name == size]
+        rows = [row for row in cfg.MODELS if row.name == size]
         need(rows, f"no model {size} in the ladder")
         size = rows[0]
-    return {"gpt": GPT, "lstm": LSTM}[size.family](size, vocab_size, cfg.seq_len)
+    return {"gpt": GPT, "lstm": LSTM}[size.family](size, vocab_size, cfg.SEQ_LEN)
 
 
 def count_params(model):
@@ -2580,21 +2566,21 @@ def windows(tokens, starts, length, device):
 
 def has_bfloat16(cfg):
     """Whether the device multiplies in bfloat16; torch.cuda.is_bf16_supported() is also true of emulation."""
-    if cfg.device == "cuda":
+    if cfg.DEVICE == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
     return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
 def amp_dtype(family, cfg):
     """The type in which a family is trained. Autocast runs cuDNN's LSTM in float16 whatever it is told."""
-    if cfg.device == "cuda" and (family == "lstm" or not has_bfloat16(cfg)):
+    if cfg.DEVICE == "cuda" and (family == "lstm" or not has_bfloat16(cfg)):
         return torch.float16
     return torch.bfloat16 if has_bfloat16(cfg) else torch.float32
 
 
 def autocast(family, cfg):
     dtype = amp_dtype(family, cfg)
-    return torch.autocast(cfg.device, dtype=dtype, enabled=dtype != torch.float32)
+    return torch.autocast(cfg.DEVICE, dtype=dtype, enabled=dtype != torch.float32)
 
 
 EVAL_BATCH = 16_384  # characters per forward pass of an evaluation, whatever the batch of the training
@@ -2650,7 +2636,7 @@ def planned_runs(cfg):
     def weights(size):
         return size.layers * size.width**2 * (12 if size.family == "gpt" else 8)
     return [Run(size, cfg.SEED + i, size.name + (f"_seed{cfg.SEED + i}" if i else ""))
-            for size in sorted(cfg.ladder, key=weights) for i in range(cfg.SEEDS)]
+            for size in sorted(cfg.MODELS, key=weights) for i in range(cfg.SEEDS)]
 
 
 def legs(cfg):
@@ -2689,9 +2675,9 @@ def join_ranks(cfg):
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     need(cfg.batch >= ranks, f"{ranks} processes share {cfg.batch} windows per step; raise BATCH_TOKENS")
     if ranks > 1 and not dist.is_initialized():
-        if cfg.device == "cuda":
+        if cfg.DEVICE == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if cfg.DEVICE == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=7))  # while rank 0 works alone
     return rank_and_ranks()[0]
 
@@ -2760,20 +2746,20 @@ class Trainer:
 
     def __init__(self, run, vocab, cfg, train_data):
         self.run, self.vocab, self.cfg, self.train_data = run, vocab, cfg, train_data
-        need(len(train_data) > 2 * cfg.seq_len,
-             f"{len(train_data):,} characters are too few for windows of {cfg.seq_len}; add MIDI files")
+        need(len(train_data) > 2 * cfg.SEQ_LEN,
+             f"{len(train_data):,} characters are too few for windows of {cfg.SEQ_LEN}; add MIDI files")
         self.recipe = run_recipe(run, cfg)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            self.model = build_model(run.size, len(vocab.chars), cfg).to(cfg.device)
+            self.model = build_model(run.size, len(vocab.chars), cfg).to(cfg.DEVICE)
         self.forward = self.model
-        if cfg.device == "cuda" and cfg.COMPILE and run.size.family == "gpt":  # cuDNN's LSTM needs none
+        if cfg.DEVICE == "cuda" and cfg.COMPILE and run.size.family == "gpt":  # cuDNN's LSTM needs none
             torch.compiler.reset()  # its cache is of the code: another size would be a change of shapes
             self.forward = torch.compile(self.model, dynamic=False)
         self.optimizers = make_optimizers(self.model, cfg)
         half = amp_dtype(run.size.family, cfg) == torch.float16
-        self.scaler = torch.amp.GradScaler(cfg.device, enabled=half, growth_interval=100)
-        self.skipped = torch.zeros((), device=cfg.device)  # steps on end without a finite gradient
+        self.scaler = torch.amp.GradScaler(cfg.DEVICE, enabled=half, growth_interval=100)
+        self.skipped = torch.zeros((), device=cfg.DEVICE)  # steps on end without a finite gradient
         self.rank, self.ranks = rank_and_ranks()
         self.step = self.leg = 0
         self.curve = {"tokens": [], "train_loss": [], "lr": [], "tokens_per_s": []}
@@ -2812,9 +2798,9 @@ class Trainer:
     def train_step(self, lr_share):
         """One optimiser step; returns the mean loss of its batch (a tensor), the same on all ranks."""
         cfg = self.cfg
-        starts = batch_starts(len(self.train_data), cfg.seq_len, cfg.batch, self.step, self.run.seed)
+        starts = batch_starts(len(self.train_data), cfg.SEQ_LEN, cfg.batch, self.step, self.run.seed)
         starts = np.array_split(starts, self.ranks)[self.rank]
-        loss = self.gradients(windows(self.train_data, starts, cfg.seq_len + 1, cfg.device))
+        loss = self.gradients(windows(self.train_data, starts, cfg.SEQ_LEN + 1, cfg.DEVICE))
         if self.ranks > 1:
             loss = sum_over_ranks(self.model.parameters(), loss)
         for optimizer, peak in zip(self.optimizers, peak_rates(self.run.size, cfg), strict=True):
@@ -2829,7 +2815,7 @@ class Trainer:
         self.skipped = (self.skipped + bad) * bad
         self.scaler.update()
         self.step += 1
-        self.trained += cfg.batch_tokens
+        self.trained += cfg.BATCH_TOKENS
         return loss
 
     def gradients(self, chunk):
@@ -2859,7 +2845,7 @@ class Trainer:
             with autocast(self.run.size.family, self.cfg):
                 logits = self.forward(part[:, :-1])[0]
             loss = F.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
-            loss = loss / self.cfg.batch_tokens
+            loss = loss / self.cfg.BATCH_TOKENS
             self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -2893,9 +2879,9 @@ class Trainer:
     def result(self, val_data):
         """The row of scaling_results.json for the branch that has just ended."""
         mean, error = mean_loss(token_losses(self.model, val_data, self.cfg), val_data)
-        size, tokens, flops = self.run.size, self.step * self.cfg.batch_tokens, self.model.flops_per_token()
+        size, tokens, flops = self.run.size, self.step * self.cfg.BATCH_TOKENS, self.model.flops_per_token()
         rate, peak = float(np.median(self.curve["tokens_per_s"])), peak_flops(self.cfg)
-        memory = torch.cuda.max_memory_allocated() if self.cfg.device == "cuda" else None
+        memory = torch.cuda.max_memory_allocated() if self.cfg.DEVICE == "cuda" else None
         return {"run": self.run.name, "family": size.family, "size": size.size, "seed": self.run.seed,
                 "layers": size.layers, "width": size.width, **count_params(self.model),
                 "tokens": tokens, "unique_tokens": min(tokens, len(self.train_data)),
@@ -2912,11 +2898,11 @@ def windows_per_pass(size, cfg):
     """How many windows go through a model at once: the batch, halved until the activations fit."""
     micro = cfg.batch
     if cfg.MICRO_TOKENS:
-        return max(1, min(micro, cfg.MICRO_TOKENS // cfg.seq_len))
+        return max(1, min(micro, cfg.MICRO_TOKENS // cfg.SEQ_LEN))
     bytes_per_token = size.layers * size.width * (46 if size.family == "gpt" else 16)  # kept for backward
-    if cfg.device == "cpu" and size.family == "gpt":
-        bytes_per_token += size.layers * size.heads * cfg.seq_len * 3  # attention that isn't fused
-    while micro > 1 and micro * cfg.seq_len * bytes_per_token > 6.5e9:
+    if cfg.DEVICE == "cpu" and size.family == "gpt":
+        bytes_per_token += size.layers * size.heads * cfg.SEQ_LEN * 3  # attention that isn't fused
+    while micro > 1 and micro * cfg.SEQ_LEN * bytes_per_token > 6.5e9:
         micro //= 2
     return micro
 
@@ -2928,20 +2914,20 @@ PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e
 
 def peak_flops(cfg):
     """FLOP/s that the GPUs of this run could reach at best; None where that is not known."""
-    name = torch.cuda.get_device_name() if cfg.device == "cuda" else ""
+    name = torch.cuda.get_device_name() if cfg.DEVICE == "cuda" else ""
     peak = next((peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
     return peak and peak * rank_and_ranks()[1]
 
 
 def train_model(run, vocab, cfg, bar, step_work=1.0):
     """Trains one model through all its legs, from its checkpoint if there is one; writes model and record."""
-    if cfg.device == "cuda":
+    if cfg.DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer = Trainer(run, vocab, cfg, read_training(vocab, cfg)[0])
     stops, first = legs(cfg), trainer.rank == 0
     if not trainer.restore("resume") and first:
         run.path("log", cfg).unlink(missing_ok=True)
-    bar.update(step_work * trainer.trained / cfg.batch_tokens)
+    bar.update(step_work * trainer.trained / cfg.BATCH_TOKENS)
     while trainer.leg < len(stops):
         stop, end = stops[trainer.leg]
         train_leg(trainer, stop, end, bar, step_work)
@@ -2966,7 +2952,7 @@ def write_model(trainer):
     """The finished model and its record; what only an interrupted training needs goes."""
     run, cfg = trainer.run, trainer.cfg
     content = {"format": CHECKPOINT_FORMAT, "model": own_weights(trainer.model), "size": list(run.size),
-               "seq_len": cfg.seq_len, "vocab": list(trainer.vocab.chars), "result": trainer.rows[-1]}
+               "seq_len": cfg.SEQ_LEN, "vocab": list(trainer.vocab.chars), "result": trainer.rows[-1]}
     with atomic_path(run.path("model", cfg)) as partial:
         torch.save(content, partial)
     record = {"recipe": trainer.recipe, "rows": trainer.rows, "curve": trainer.curve}
@@ -2988,12 +2974,12 @@ def train_leg(trainer, stop, end, bar, step_work=1.0):
             continue
         loss, now = loss.item(), time.monotonic()
         trainer.check(loss)
-        rate = (trainer.step - first_step) * cfg.batch_tokens / max(now - began, 1e-9)
+        rate = (trainer.step - first_step) * cfg.BATCH_TOKENS / max(now - began, 1e-9)
         trainer.seconds, began, first_step = trainer.seconds + now - began, now, trainer.step
         lr, memory = cfg.LR * share, ""
-        if cfg.device == "cuda":
+        if cfg.DEVICE == "cuda":
             memory = f" {torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
-        tokens = trainer.step * cfg.batch_tokens
+        tokens = trainer.step * cfg.BATCH_TOKENS
         trainer.log({"tokens": tokens, "train_loss": loss, "lr": lr, "tokens_per_s": rate}, end)
         bar.set_postfix_str(f"{run.name} loss {loss:.3f} lr {lr:.4f} {rate:,.0f} char/s{memory}", False)
         if now - saved > cfg.SAVE_EVERY_S:
@@ -3004,8 +2990,8 @@ def train_leg(trainer, stop, end, bar, step_work=1.0):
 CHECKPOINT_FORMAT = "LakhMIDI model 2"
 TRAIN_VERSION = 3  # raise it when the code trains differently
 # What a run depends on besides its row of the ladder, its seed and the data.
-SHARED_KNOBS = ("train_tokens batch_tokens seq_len BUDGETS LR LR_ADAM BETAS WEIGHT_DECAY CLIP_NORM "
-                "WARMUP_FRAC DECAY_FRAC EVAL_TOKENS device")
+SHARED_KNOBS = ("TRAIN_TOKENS_TARGET BATCH_TOKENS SEQ_LEN BUDGETS LR LR_ADAM BETAS WEIGHT_DECAY CLIP_NORM "
+                "WARMUP_FRAC DECAY_FRAC EVAL_TOKENS DEVICE")
 
 
 def run_recipe(run, cfg):
@@ -3061,10 +3047,10 @@ def seconds_per_step(run, vocab_size, cfg):
     """How long an optimiser step of a model takes on this machine: the second of two on random characters."""
     cfg = copy.copy(cfg)
     cfg.COMPILE = False  # compiling would take longer than all that is to be measured
-    window_flops = build_model(run.size, vocab_size, cfg).flops_per_token() * cfg.seq_len
-    share = max(1, min(cfg.batch, int((1e14 if cfg.device == "cuda" else 5e10) / window_flops))) / cfg.batch
-    cfg.BATCH_TOKENS = round(share * cfg.batch_tokens)  # a part, where a batch would take far too long
-    tokens = np.random.default_rng(0).integers(0, vocab_size, 3 * cfg.batch_tokens)
+    window_flops = build_model(run.size, vocab_size, cfg).flops_per_token() * cfg.SEQ_LEN
+    share = max(1, min(cfg.batch, int((1e14 if cfg.DEVICE == "cuda" else 5e10) / window_flops))) / cfg.batch
+    cfg.BATCH_TOKENS = round(share * cfg.BATCH_TOKENS)  # a part, where a batch would take far too long
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 3 * cfg.BATCH_TOKENS)
     trainer = Trainer(run, Vocab(tuple(range(vocab_size))), cfg, tokens)
     trainer.rank, trainer.ranks = 0, 1  # the others are waiting for orders
     for _ in range(2):
@@ -3073,7 +3059,7 @@ def seconds_per_step(run, vocab_size, cfg):
     return (time.perf_counter() - began) / share / rank_and_ranks()[1]
 
 
-@stage(version=TRAIN_VERSION, knobs=SHARED_KNOBS + " ladder SEEDS SEED", after=tokenize, root="SAVE_DIR")
+@stage(version=TRAIN_VERSION, knobs=SHARED_KNOBS + " MODELS SEEDS SEED", after=tokenize, root="SAVE_DIR")
 def train(cfg):
     """Trains every model of the study on the same characters in the same order, from small to large."""
     vocab, runs = read_vocab(cfg), planned_runs(cfg)
@@ -3133,9 +3119,9 @@ def write_results(runs, cfg):
     """Gathers the records of the runs trained so far into the two files that later stages read."""
     records = {run.name: record for run in runs if (record := finished(run, cfg))}
     write_json(Path(cfg.SAVE_DIR, "scaling_results.json"), {
-        "study": cfg.study, "corpus": cfg.corpus, "device": device_name(cfg), "torch": torch.__version__,
+        "study": cfg.STUDY, "corpus": cfg.corpus, "device": device_name(cfg), "torch": torch.__version__,
         "knobs": {knob: getattr(cfg, knob) for knob in knob_names()}, "schedule_steps": cfg.steps,
-        "batch_tokens": cfg.batch_tokens, "seq_len": cfg.seq_len,
+        "batch_tokens": cfg.BATCH_TOKENS, "seq_len": cfg.SEQ_LEN,
         "runs": [row for record in records.values() for row in record["rows"]]})
     write_json(Path(cfg.SAVE_DIR, "training_curves.json"), {name: {
         **record["curve"], "val_tokens": [row["tokens"] for row in record["rows"]],
@@ -3160,7 +3146,7 @@ def gpu_fault():
 
 
 def device_name(cfg):
-    return torch.cuda.get_device_name() if cfg.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if cfg.DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 # ============================================================================================================
@@ -4419,7 +4405,7 @@ def training_melodies(cfg, most=2**26):
             if tune["file"].endswith(".abc"):
                 notes, voices = read_abc(abc_path(tune["file"], cfg).read_text("utf-8"))[:2]
             else:  # ten times as fast as reading the text
-                notes, voices = score_notes(read_score(cfg.midi_root / tune["file"]))
+                notes, voices = score_notes(read_score(cfg.MIDI_ROOT / tune["file"]))
             parts.append(melody(notes, np.array([drum for _, drum in voices])))
             size += len(parts[-1])
     return np.concatenate(parts)
@@ -4526,11 +4512,11 @@ def opening(text, most):
 
 def write_music(models, best, real, cfg):
     """Yields the real tunes, then each model's: lists of {"run", "kind", "prompt", "text", "ended"}."""
-    most = cfg.sample_chars
+    most = cfg.SAMPLE_CHARS
     yield [{"run": "real", "kind": "real", "prompt": "", "text": text[:most], "ended": len(text) <= most,
             "forced": 0} for text in real]
     for run, (model, vocab, _) in models:
-        n = cfg.samples if run == best else min(cfg.samples, 100)
+        n = cfg.SAMPLES if run == best else min(cfg.SAMPLES, 100)
         wanted = [("unprompted", "")] * n
         wanted += [("constrained", "")] * n * ("[V:1]" in real[0])  # the grammar is that of the converter
         wanted += [("prompted", opening(text, most // 2)) for text in real] if run == best else []
@@ -4568,7 +4554,7 @@ def judge(tune, cfg):
 def judge_all(groups, best, cfg):
     """All tunes with "check", "metrics" and "longest_run"; workers judge while more are sampled."""
     judged, melodies, nothing = [], [], {"notes": 0, "pitches": 0, "bars": 0, "bad_bars": 0}
-    with ProcessPool(max_workers=cfg.workers) as pool:
+    with ProcessPool(max_workers=cfg.WORKERS) as pool:
         waiting = [(tunes, pool.map(judge, name_shown(tunes, best, cfg), [cfg] * len(tunes), timeout=60))
                    for tunes in groups]
         for tunes, future in waiting:
@@ -4634,7 +4620,7 @@ def evaluate(cfg):
     held_out = [tune for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl") if tune["split"] == "test"]
     test, leaked = read_tokens("test", vocab, cfg), read_training(vocab, cfg)[1][:cfg.EVAL_TOKENS]
     whole = [tune for tune in held_out if tune["start"] + tune["chars"] + 2 <= len(test)] or held_out[:1]
-    models = {row["run"]: load(save / row["checkpoint"], cfg.device) for row in rows}
+    models = {row["run"]: load(save / row["checkpoint"], cfg.DEVICE) for row in rows}
     kinds = char_kinds(test, vocab)[1:]
     tested = [{"run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"],
                **test_loss(models[row["run"]][0], test, kinds, whole, cfg),
@@ -4642,7 +4628,7 @@ def evaluate(cfg):
               for row in progress(rows, "test loss", unit="model")]
     real = [abc_path(tune["file"], cfg).read_text("utf-8") for tune in held_out if not tune["unknown"]]
     need(real, "every test tune has characters that the training tunes lack; add music or raise TEST_FRAC")
-    music = write_music(progress(models.items(), "samples", unit="model"), best, real[:cfg.samples], cfg)
+    music = write_music(progress(models.items(), "samples", unit="model"), best, real[:cfg.SAMPLES], cfg)
     tunes, groups = judge_all(music, best, cfg), {}
     for tune in tunes:
         groups.setdefault((tune["run"], tune["kind"]), []).append(tune)
@@ -4652,13 +4638,13 @@ def evaluate(cfg):
         write_json(save / folder / "metadata.json", [tune for tune in tunes if tune["shown"] == folder])
     write_jsonl(save / "samples.jsonl", tunes)
     write_json(save / "evaluation.json", {
-        "models": tested, "best": best, "test_chars": len(test) - 1, "sample_chars": cfg.sample_chars,
+        "models": tested, "best": best, "test_chars": len(test) - 1, "sample_chars": cfg.SAMPLE_CHARS,
         "real_run_95": limit, "music": table})
     for row in table:
         if row["run"] in ("real", best):
             valid, whole = row["valid"]["value"], row["valid_or_cut"]["value"]
             say(f"  {row['run']:12s} {row['kind']:12s} {valid:.0%} of {row['n']} tunes valid, "
-                f"{whole:.0%} as far as they went in {cfg.sample_chars:,} characters")
+                f"{whole:.0%} as far as they went in {cfg.SAMPLE_CHARS:,} characters")
     return [save / "evaluation.json", save / "samples.jsonl", *(save / folder for folder in SAMPLE_FOLDERS)]
 
 
@@ -4766,12 +4752,12 @@ def compose(cfg, count, prompt="", constrained=False):
     runs = read_json(Path(cfg.SAVE_DIR, "scaling_results.json"), {"runs": []})["runs"]
     need(runs, f"there is no trained model in {cfg.SAVE_DIR}; run the study first")
     best = min((row for row in runs if row["main"]), key=lambda row: row["val_loss"])
-    model, vocab, _ = load(Path(cfg.SAVE_DIR, best["checkpoint"]), cfg.device)
+    model, vocab, _ = load(Path(cfg.SAVE_DIR, best["checkpoint"]), cfg.DEVICE)
     native = read_json(cfg.tokens_root / "stats.json", {}).get("round_trip_f1", 1) is None  # came as ABC
     need(not (native and constrained), "--constrained knows only the notation that convert writes")
     prompt, folder = read_prompt(prompt, cfg, native), Path(cfg.SAVE_DIR, "my_samples")
     folder.mkdir(exist_ok=True)
-    tunes = sample(model, vocab, [prompt] * count, max_chars=cfg.sample_chars, temperature=cfg.TEMPERATURE,
+    tunes = sample(model, vocab, [prompt] * count, max_chars=cfg.SAMPLE_CHARS, temperature=cfg.TEMPERATURE,
                    top_p=cfg.TOP_P, seed=cfg.SEED, constrained=constrained)
     for i, tune in enumerate(tunes, 1):
         path = folder / f"{best['run']}_{cfg.SEED}_{i:02d}"
@@ -5144,12 +5130,13 @@ def parse_knob(name, text):
 def banner(cfg, stages=None):
     """What is about to happen, on what, for how long, and how to have it otherwise."""
     training = train in (stages or STAGES)
-    if cfg.DEVICE == "auto" and cfg.device == "cpu" and gpu_fault():
+    if cfg.given["DEVICE"] == "auto" and cfg.DEVICE == "cpu" and gpu_fault():
         say(f"note      {gpu_fault()}")
     minutes = f", roughly {estimated_minutes(cfg):.0f} minutes of training" if training else ""
     say(f"corpus    {cfg.corpus}\n"
         f"device    {device_name(cfg)}\n"
-        f"study     {cfg.study}: {len(planned_runs(cfg))} models x {cfg.train_tokens:,} characters{minutes}\n"
+        f"study     {cfg.STUDY}: {len(planned_runs(cfg))} models x {cfg.TRAIN_TOKENS_TARGET:,} characters"
+        f"{minutes}\n"
         f"Your own data: --LMD_ZIP_PATH lmd_full.tar.gz, or --USE_LOCAL_MIDI True --LOCAL_MIDI_ROOT folder")
 
 

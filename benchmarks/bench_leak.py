@@ -19,7 +19,7 @@ import LakhMIDI as study
 
 def held_out_losses(checkpoint, cfg):
     """Rows of {tunes, loss ...} of one model: all held-out tunes, and by whether training has a version."""
-    model, vocab, _ = study.load(checkpoint, cfg.device)
+    model, vocab, _ = study.load(checkpoint, cfg.DEVICE)
     tokens = study.read_tokens("val", vocab, cfg)
     losses = study.token_losses(model, tokens, cfg)
     tunes = list(study.read_jsonl(cfg.tokens_root / "tunes.jsonl"))

@@ -41,7 +41,7 @@ def cpu_seconds(work, *arguments):
 
 
 def only_read(tunes, cfg):
-    root = cfg.abc_root
+    root = cfg.ABC_ROOT
     for _ in range(2):
         for tune in tunes:
             with open(f"{root}/{tune['abc']}", "rb") as file:

@@ -97,7 +97,7 @@ def cosine(step, end, cfg):
 
 def rival(lr):
     """A way to train the rival with the loop of the study. nanoGPT uses float32 on a CPU."""
-    patches = {"build_model": lambda size, vocab_size, cfg: Rival(size, vocab_size, cfg.seq_len),
+    patches = {"build_model": lambda size, vocab_size, cfg: Rival(size, vocab_size, cfg.SEQ_LEN),
                "make_optimizers": rival_optimizers, "lr_scale": cosine,
                "peak_rates": lambda size, cfg: (cfg.LR, cfg.LR),
                "count_params": lambda model: {"n_params": sum(p.numel() for p in model.parameters())}}
@@ -228,17 +228,17 @@ def train_once(args, part, label, model, seed=1, **knobs):
         cfg = Cfg(**{"DATA_ROOT": args.data_root, "SAVE_DIR": folder, "SEED": seed, "BUDGETS": (1.0,),
                      "SAVE_EVERY_S": 1e9, "TRAIN_TOKENS_TARGET": args.tokens, "MODELS": (model,), **knobs})
         trainer = new_trainer(cfg)
-        if cfg.device == "cuda":  # compiles; the weights stay as they are
+        if cfg.DEVICE == "cuda":  # compiles; the weights stay as they are
             starts = np.zeros(cfg.batch, np.int64)
-            trainer.gradients(study.windows(trainer.train_data, starts, cfg.seq_len + 1, cfg.device)).item()
+            trainer.gradients(study.windows(trainer.train_data, starts, cfg.SEQ_LEN + 1, cfg.DEVICE)).item()
         began, seconds, loss = clock(), math.inf, math.inf
         with contextlib.suppress(study.Diverged):
             study.train_leg(trainer, cfg.steps, cfg.steps, bar)
             seconds = clock() - began
             loss = trainer.result(study.read_tokens("val", trainer.vocab, cfg))["val_loss"]
         row = {"part": part, "label": label, "model": model, "seed": seed,
-               "tokens": cfg.train_tokens, "knobs": knobs, "val_loss": loss, "seconds": round(seconds, 2),
-               "device": study.device_name(cfg)}
+               "tokens": cfg.TRAIN_TOKENS_TARGET, "knobs": knobs, "val_loss": loss,
+               "seconds": round(seconds, 2), "device": study.device_name(cfg)}
     record(row)
     return row
 
@@ -338,11 +338,11 @@ def ablate(args):
 def speed(args):
     """Tokens per second, FLOP/s, share of peak and memory of every model of the study's ladder."""
     cfg, total = Cfg(DATA_ROOT=args.data_root), 0.0
-    print(f"\n{study.device_name(cfg)}, {cfg.batch_tokens:,} characters per step\n"
+    print(f"\n{study.device_name(cfg)}, {cfg.BATCH_TOKENS:,} characters per step\n"
           f"{'model':10s} {'char/s':>10s} {'TFLOP/s':>8s} {'of peak':>8s} {'GB':>5s} {'first step':>10s} "
           f"{'whole run':>9s}")
     for run in study.planned_runs(cfg):
-        if cfg.device == "cuda":
+        if cfg.DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trainer = new_trainer(cfg, run)
         began = time.monotonic()
@@ -350,12 +350,12 @@ def speed(args):
         first = time.monotonic() - began  # with compiling
         rates = []
         for _ in range(20):
-            rates.append(cfg.batch_tokens / step_seconds(trainer))
+            rates.append(cfg.BATCH_TOKENS / step_seconds(trainer))
         rate, peak = statistics.median(rates), study.peak_flops(cfg)
         flops = rate * trainer.model.flops_per_token()
-        whole = first + study.steps_with_branches(cfg) * cfg.batch_tokens / rate
+        whole = first + study.steps_with_branches(cfg) * cfg.BATCH_TOKENS / rate
         total += whole
-        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if cfg.device == "cuda" else "-"
+        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if cfg.DEVICE == "cuda" else "-"
         share = f"{flops / peak:.1%}" if peak else "-"
         print(f"{run.name:10s} {rate:10,.0f} {flops / 1e12:8.3f} {share:>8s} {memory:>5s} {first:8.1f} s "
               f"{whole:7.0f} s", flush=True)

@@ -20,7 +20,7 @@ MIDI = b"MThd\0\0\0\6\0\0\0\1\1\xe0MTrk\0\0\0\4\0\xff\x2f\0"
 
 @pytest.fixture
 def extract(tmp_path, monkeypatch):
-    """extract(**knobs) -> (midi_index.json, {path: bytes} of midi_root)."""
+    """extract(**knobs) -> (midi_index.json, {path: bytes} of MIDI_ROOT)."""
     monkeypatch.chdir(tmp_path)
 
     def run(**knobs):
@@ -29,7 +29,7 @@ def extract(tmp_path, monkeypatch):
         index = read_json(tmp_path / "data" / "midi_index.json")
         assert index["seen"] == len(index["files"]) + sum(index["skipped"].values())
         assert index["files"] == sorted(set(index["files"]))
-        assert all((cfg.midi_root / file).is_file() for file in index["files"])
+        assert all((cfg.MIDI_ROOT / file).is_file() for file in index["files"])
         return index
 
     return run
@@ -53,7 +53,7 @@ def zip_(path, members):
 
 
 def outside(tmp_path):
-    """Every file that is neither below midi_root nor one of the stage's own."""
+    """Every file that is neither below MIDI_ROOT nor one of the stage's own."""
     own = (tmp_path / "data",)
     return {p for p in tmp_path.rglob("*") if p.is_file() and not any(p.is_relative_to(o) for o in own)}
 

@@ -271,18 +271,18 @@ def test_an_interrupted_conversion_goes_on_and_another_recipe_starts_anew(tmp_pa
     monkeypatch.setattr(LakhMIDI, "convert_all", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
         LakhMIDI.convert(cfg)
-    journal = cfg.abc_root / "journal_0_of_1.jsonl"
+    journal = cfg.ABC_ROOT / "journal_0_of_1.jsonl"
     journal.write_bytes(journal.read_bytes() + b'{"file": "3.mi')  # the line that was being written
     monkeypatch.setattr(LakhMIDI, "convert_all", lambda files, cfg: (done.extend(files), real(files, cfg))[1])
     LakhMIDI.convert(cfg)
     assert sorted(done) == [f"{i}.mid" for i in range(7)]  # each once
-    report = [json.loads(line) for line in (cfg.abc_root / "report.jsonl").read_text().splitlines()]
+    report = [json.loads(line) for line in (cfg.ABC_ROOT / "report.jsonl").read_text().splitlines()]
     assert [row["file"] for row in report] == done and report[-1] == {"file": "6.mid", "reason": "bad_header"}
-    assert all(row["f1"] == 1 and (cfg.abc_root / row["abc"]).is_file() for row in report[:6])
-    assert np.load(cfg.abc_root / "signatures.npy").shape == (6, LakhMIDI.NUM_PERM) and not journal.exists()
+    assert all(row["f1"] == 1 and (cfg.ABC_ROOT / row["abc"]).is_file() for row in report[:6])
+    assert np.load(cfg.ABC_ROOT / "signatures.npy").shape == (6, LakhMIDI.NUM_PERM) and not journal.exists()
     few = Cfg(USE_LOCAL_MIDI=True, LOCAL_MIDI_ROOT=tmp_path / "midi", DATA_ROOT=tmp_path / "data", WORKERS=1,
               MAX_ABC_CHARS=max(row["n_chars"] for row in report[:6]) - 1)
     LakhMIDI.convert(few)
-    texts = sorted(path.name for path in cfg.abc_root.glob("*.abc"))
-    rows = [json.loads(line) for line in (cfg.abc_root / "report.jsonl").read_text().splitlines()]
+    texts = sorted(path.name for path in cfg.ABC_ROOT.glob("*.abc"))
+    rows = [json.loads(line) for line in (cfg.ABC_ROOT / "report.jsonl").read_text().splitlines()]
     assert texts == sorted(row["abc"] for row in rows if "abc" in row) and len(texts) < 6

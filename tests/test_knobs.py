@@ -1,12 +1,13 @@
 """The knobs: three ways to set them, every mistake told in one line with exit code 2."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from LakhMIDI import Cfg, UserError, knob_help, knob_names, main
+from LakhMIDI import STUDIES, Cfg, UserError, knob_help, knob_names, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,10 +16,18 @@ def test_three_ways_to_set_a_knob(monkeypatch):
     assert Cfg(SEQ_LEN=128).SEQ_LEN == 128
     cfg = Cfg()
     cfg.SEQ_LEN = 64
-    assert cfg.seq_len == 64
     monkeypatch.setattr(Cfg, "SEQ_LEN", 32)
-    assert Cfg().SEQ_LEN == 32
-    assert cfg.SEQ_LEN == 64
+    assert Cfg().SEQ_LEN == 32 and cfg.SEQ_LEN == 64
+
+
+def test_what_is_left_open_is_the_studys_also_when_that_is_set_later():
+    cfg = Cfg(DEVICE="cpu", BATCH_TOKENS=512)
+    assert (cfg.STUDY, cfg.SEQ_LEN, cfg.SAMPLES, cfg.MIDI_ROOT) == ("cpu", 256, 20, Path("data_lakh/midi"))
+    twin = copy.copy(cfg)
+    cfg.STUDY, cfg.DATA_ROOT = "smoke", "elsewhere"
+    assert (cfg.SEQ_LEN, cfg.BATCH_TOKENS, cfg.MIDI_ROOT) == (64, 512, Path("elsewhere/midi"))
+    assert cfg.MODELS == STUDIES["smoke"].ladder and (twin.STUDY, twin.SEQ_LEN) == ("cpu", 256)
+    assert Cfg(MODELS=("gpt_8w", ["lstm", "x", 1, 5]), STUDY="smoke").MODELS[1].width == 5
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_outputs_are_at_their_names(smoke):
 
 def test_every_file_is_in_the_books(smoke):
     stats = study.read_json(smoke.tokens_root / "stats.json")
-    rows = list(study.read_jsonl(smoke.abc_root / "report.jsonl"))
+    rows = list(study.read_jsonl(smoke.ABC_ROOT / "report.jsonl"))
     assert len(rows) == stats["files"] == stats["converted"] + sum(stats["rejected"].values()) == 65
     assert all(("abc" in row) != ("reason" in row) for row in rows)
     rejected = {row["file"]: row["reason"] for row in rows if "reason" in row}
@@ -92,7 +92,7 @@ def test_token_files_hold_the_tunes(smoke):
         for tune in [t for t in study.read_jsonl(smoke.tokens_root / "tunes.jsonl") if t["split"] == split]:
             start, end = tune["start"], tune["start"] + tune["chars"] + 1
             assert ids[start] == study.START and ids[end] == study.END
-            assert vocab.decode(ids[start + 1 : end]) == (smoke.abc_root / f"{tune['file']}.abc").read_text()
+            assert vocab.decode(ids[start + 1 : end]) == (smoke.ABC_ROOT / f"{tune['file']}.abc").read_text()
     assert list(vocab.chars[3:]) == sorted(vocab.chars[3:])
 
 

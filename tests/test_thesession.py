@@ -50,7 +50,7 @@ def extract(tmp_path, monkeypatch):
         study.extract(cfg)
         index = read_json(tmp_path / "data_lakh/midi_index.json")
         assert index["seen"] == len(index["files"]) + sum(index["skipped"].values())
-        return index, {file: (cfg.midi_root / file).read_text("utf-8") for file in index["files"]}
+        return index, {file: (cfg.MIDI_ROOT / file).read_text("utf-8") for file in index["files"]}
 
     return run
 
@@ -150,8 +150,8 @@ def test_settings_of_one_tune_stay_on_one_side(tokens, capsys):
     assert stats["works"]["groups"] == 40 and stats["round_trip_f1"] is None
     assert stats["works"]["leak_of_split_by_file"]["leaked_files"] == pytest.approx(0.96)
     assert "96.0%" in capsys.readouterr().out
-    row = next(study.read_jsonl(cfg.abc_root / "report.jsonl"))
-    text = (cfg.abc_root / row["abc"]).read_text()
+    row = next(study.read_jsonl(cfg.ABC_ROOT / "report.jsonl"))
+    text = (cfg.ABC_ROOT / row["abc"]).read_text()
     assert text.startswith("X:1\nL:1/8\nM:4/4\nR:reel\nK:Gmaj\n|:")
     assert row["n_notes"] == 128 and row["seconds"] == 32
 

@@ -34,7 +34,7 @@ def tiny(tmp_path):
 @pytest.mark.parametrize("family", ["gpt", "lstm"])
 def test_parameter_counts_by_formula(family):
     cfg = Cfg(STUDY="cpu", DEVICE="cpu")
-    for size in cfg.ladder:
+    for size in cfg.MODELS:
         if size.family == family:
             model = study.build_model(size, 60, cfg)
             counts = study.count_params(model)
@@ -81,10 +81,10 @@ def test_flops_of_the_transformer_match_torch():
     cfg = Cfg(STUDY="cpu", DEVICE="cpu")
     model = study.build_model("gpt_25K", 60, cfg)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        logits = model(torch.zeros(2, cfg.seq_len, dtype=torch.long))[0]
+        logits = model(torch.zeros(2, cfg.SEQ_LEN, dtype=torch.long))[0]
         logits.sum().backward()
-    attention = 6 * model.size.layers * cfg.seq_len * model.size.width  # torch counts it whole
-    counted = counter.get_total_flops() / (2 * cfg.seq_len)
+    attention = 6 * model.size.layers * cfg.SEQ_LEN * model.size.width  # torch counts it whole
+    counted = counter.get_total_flops() / (2 * cfg.SEQ_LEN)
     assert counted == pytest.approx(model.flops_per_token() + attention, rel=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_orthogonalised_steps_have_singular_values_near_one():
 def test_the_loss_counts_every_character_once_whatever_the_batch(tiny, family, monkeypatch):
     cfg, vocab = tiny
     torch.manual_seed(0)
-    model = study.build_model(next(s for s in cfg.ladder if s.family == family), len(vocab.chars), cfg)
+    model = study.build_model(next(s for s in cfg.MODELS if s.family == family), len(vocab.chars), cfg)
     torch.nn.init.normal_(model.head.weight)
     tokens = study.read_tokens("val", vocab, cfg)
     losses = study.token_losses(model, tokens, cfg)
@@ -392,10 +392,10 @@ def test_peaks_of_gpus_are_found_by_name(monkeypatch):
 
 def test_large_models_see_a_batch_in_pieces_and_small_ones_whole():
     cfg = Cfg(STUDY="full", DEVICE="cuda")
-    pieces = {size.name: study.windows_per_pass(size, cfg) for size in cfg.ladder}
-    assert pieces["gpt_100M"] * cfg.seq_len <= 16_384 and pieces["gpt_1M"] == pieces["lstm_50M"] == cfg.batch
+    pieces = {size.name: study.windows_per_pass(size, cfg) for size in cfg.MODELS}
+    assert pieces["gpt_100M"] * cfg.SEQ_LEN <= 16_384 and pieces["gpt_1M"] == pieces["lstm_50M"] == cfg.batch
     cfg.MICRO_TOKENS = 2_048
-    assert study.windows_per_pass(cfg.ladder[0], cfg) == 2
+    assert study.windows_per_pass(cfg.MODELS[0], cfg) == 2
 
 
 def test_divergence_stops_the_run(tiny, monkeypatch):
