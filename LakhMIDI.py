@@ -5110,7 +5110,7 @@ def parse_flags(argv):
         default = getattr(Cfg, name)
         knobs.add_argument(f"--{name}", metavar=type(default).__name__,
                            help=f"{comment} [{default!r}]".replace("%", "%%"))
-    flags = parser.parse_args(argv)
+    flags = parser.parse_args(argv and [str(word) for word in argv])  # paths, too
     given = {name: getattr(flags, name) for name in knob_help() if getattr(flags, name) is not None}
     return Cfg(**{name: parse_knob(name, text) for name, text in given.items()}), flags
 

@@ -158,7 +158,7 @@ def test_runs_killed_ten_times_end_with_the_same_bits(tiny):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     starts = list(study.read_jsonl(Path(cfg.SAVE_DIR, "killed", "starts.jsonl")))
-    for name in cfg.MODELS:
+    for name in (size.name for size in cfg.MODELS):
         places = [tuple(place) for run, *place in starts if run == name]
         assert len(places) == 11 and places == sorted(places) and len(set(places)) > 8  # it went on
         assert {leg % 2 for leg, _ in places} == {0, 1}  # on the trunk and in branches
