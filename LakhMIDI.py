@@ -82,6 +82,7 @@ import symusic
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import verovio
 from datasketch import MinHash
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -91,6 +92,12 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 from tqdm.auto import tqdm
+
+try:  # sound and scores, for which Linux on ARM has no wheels
+    import lytk
+    import midirenderer
+except ImportError:
+    lytk = midirenderer = None
 
 # ============================================================================================================
 # 1 Knobs: class Cfg
@@ -4545,7 +4552,7 @@ def judge(tune, cfg):
     text = tune["text"] if tune["ended"] else whole_bars(tune["text"])
     if tune["shown"]:
         path = Path(cfg.SAVE_DIR, tune["shown"], tune["name"])
-        write_tune(path, text, score=tune["shown"] == "best_samples")
+        write_tune(path, text, tune["prompt"], score=tune["shown"] == "best_samples")
     parsed = read_abc(text)
     return {"check": check_abc(tune["text"], tune["ended"], tune["prompt"]), "metrics": music_metrics(parsed),
             "melody": melody(parsed.notes, np.array([drum for _, drum in parsed.voices]))}
@@ -4612,6 +4619,7 @@ def emergence_row(tunes, real_limit, cfg):
 def evaluate(cfg):
     """Test losses of every model; its tunes, judged, compared with real ones, searched for copies, shown."""
     save, vocab = Path(cfg.SAVE_DIR), read_vocab(cfg)
+    say_if_mute()
     rows = [row for row in read_json(save / "scaling_results.json")["runs"] if row["main"]]
     best = min(rows, key=lambda row: row["val_loss"])["run"]
     for folder in SAMPLE_FOLDERS:
@@ -4648,82 +4656,166 @@ def evaluate(cfg):
     return [save / "evaluation.json", save / "samples.jsonl", *(save / folder for folder in SAMPLE_FOLDERS)]
 
 
-# --- tunes as files
+# --- tunes as files: text, MIDI, sound, piano roll, score
 
-AUDIO_SECONDS, AUDIO_RATE = 30, 22_050
+SOUND_SECONDS = 30
+ROLL_WIDTH, ROLL_HEIGHT = 480, 150
+VOICE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # on white and on black
+GIVEN_COLOUR = "#8c8c8c"
+SCORE_BARS, SCORE_STAVES, SCORE_BYTES = 16, 4, 150_000
 
 
-def write_tune(path, text, score=False):
-    """ABC text -> path.abc, .mid, .mp3, .png (piano roll) and, if asked for and possible, .svg (score)."""
+def write_tune(path, text, prompt="", score=False):
+    """ABC text -> path.abc, .mid, .mp3, _roll.svg and, if asked for, .svg (score).
+
+    Of a tune that goes on from a prompt one hears and sees what begins two bars before the new music.
+    """
+    tune, midi = read_abc(text), abc_to_midi(text)
     write_text(f"{path}.abc", text)
-    Path(f"{path}.mid").write_bytes(abc_to_midi(text))
-    tune = read_abc(text)
-    if len(tune.notes.pitch):
-        soundfile.write(f"{path}.mp3", audio(text), AUDIO_RATE, bitrate_mode="VARIABLE",
-                        compression_level=0.8)
-        draw_roll(tune).savefig(f"{path}.png", dpi=110)
-    if score:
-        with contextlib.suppress(Exception):  # music21 refuses some tunes that others read
-            Path(f"{path}.svg").write_text(engrave(text), encoding="utf-8")
+    Path(f"{path}.mid").write_bytes(midi)
+    if not len(tune.notes.pitch):
+        return
+    begin, given_bars = heard_from(tune, prompt)
+    write_text(f"{path}_roll.svg", draw_roll(tune, begin, given_bars))
+    wave, rate = render_sound(midi, begin) if midirenderer else ((), 0)
+    if len(wave):
+        soundfile.write(f"{path}.mp3", wave, rate, bitrate_mode="VARIABLE", compression_level=0.8)
+    picture = engrave(tune, midi) if score and lytk else None
+    if picture:
+        write_text(f"{path}.svg", picture)
 
 
-def audio(text):
-    """ABC text -> (n,) samples in [-1, 1], AUDIO_SECONDS at most."""
-    score, rng = symusic.Score.from_midi(abc_to_midi(text)).to("second"), np.random.default_rng(0)
-    wave = np.zeros(int((min(score.end(), AUDIO_SECONDS) + 1) * AUDIO_RATE))
-    for track in score.tracks:
-        columns = [track.notes.numpy()[name] for name in ("time", "duration", "pitch")]
-        for start, length, pitch in zip(*columns, strict=True):
-            if start < AUDIO_SECONDS:
-                sound = tone(length, pitch, rng if track.is_drum else None)
-                place = slice(int(start * AUDIO_RATE), int(start * AUDIO_RATE) + len(sound))
-                wave[place] += sound[:len(wave[place])]
-    return 0.8 * wave / np.abs(wave).max()
+def say_if_mute():
+    """One line where there are no wheels for sound and scores."""
+    if not midirenderer:
+        say("  no sound, no scores: midirenderer and lytk are not installed, or have no wheel for this machine")
 
 
-def tone(seconds, pitch, rng=None):
-    """A plucked tone of six harmonics; with a generator, a drum of noise."""
-    t = np.arange(int((min(seconds, 6) + 0.2) * AUDIO_RATE)) / AUDIO_RATE
-    hertz = 440 * 2 ** ((pitch - 69) / 12) * np.arange(1, 7)
-    if rng:
-        sound = rng.normal(size=len(t)) * np.exp(-25 * t)
-    else:
-        harmonics = [np.sin(2 * np.pi * f * t) / k**2 for k, f in enumerate(hertz, 1) if f < AUDIO_RATE / 2]
-        sound = sum(harmonics, np.zeros(len(t))) * np.exp(-2 * t)
-    return sound * np.minimum(1, t / 0.005) * np.exp(-30 * np.maximum(0, t - seconds))
+def heard_from(tune, prompt):
+    """(second at which the sound of a tune begins, bars that its prompt gave)."""
+    given_bars = read_abc(whole_bars(prompt)).n_bars
+    bars = bar_starts(tune)
+    return float(seconds_at(tune, bars[max(0, min(given_bars, len(bars) - 1) - 2)])), given_bars
 
 
-def draw_roll(tune):
-    """A piano roll: pitch over bars, a colour per voice."""
-    figure = Figure(figsize=(7, 2.4), layout="constrained")
-    axes, bars, notes = figure.subplots(), bar_starts(tune), tune.notes
-    colours = colormaps["tab10"](notes.voice % 10)
-    axes.barh(notes.pitch, notes.duration * 0.95, 0.8, notes.onset, color=colours)
-    every = max(1, len(bars) // 12)
-    axes.set_xticks(bars[:-1:every], range(1, len(bars), every))
-    octaves = range(notes.pitch.min() // 12 * 12, notes.pitch.max() + 12, 12)
-    axes.set_yticks(octaves, [f"C{pitch // 12 - 1}" for pitch in octaves])
-    axes.set(xlabel="bar", xlim=(0, max(bars[-1], 1)))
-    axes.grid(alpha=0.4)
-    return figure
+def seconds_at(tune, beats):
+    """Beats of a Tune -> seconds, by its tempos."""
+    start, qpm = np.array(tune.tempos or [(0, 120)], float).T
+    seconds = np.concatenate([[0], np.cumsum(np.diff(start) * 60 / qpm[:-1])])
+    tempo = np.maximum(np.searchsorted(start, beats, "right") - 1, 0)
+    return seconds[tempo] + (beats - start[tempo]) * 60 / qpm[tempo]
 
 
-def engrave(text):
-    """The score of a text as SVG. Raises what music21 raises."""
-    import music21
-    import verovio
+def render_sound(midi, begin=0.0):
+    """MIDI -> (n,) samples of the SOUND_SECONDS from `begin`, the loudest of them 0.8, and their rate.
+
+    The instruments are those of the General MIDI SoundFont in pretty_midi's wheel. midirenderer stops with
+    the last event, so a marker two seconds after the last note lets it ring.
+    """
+    soundfont = Path(importlib.util.find_spec("pretty_midi").origin).parent / "TimGM6mb.sf2"
+    score = symusic.Score.from_midi(midi).to("second")
+    score = score.clip(begin, begin + SOUND_SECONDS, clip_end=True).shift_time(-begin)
+    if not score.note_num():
+        return np.zeros(0), 0
+
+    score.markers.append(symusic.TextMeta(score.end() + 2, "end", "second"))
+    wav = midirenderer.render_wave_from(soundfont.read_bytes(), score.to("tick").dumps_midi())
+    wave, rate = soundfile.read(io.BytesIO(wav), always_2d=True)
+    wave = wave.mean(axis=1)  # one channel: stereo takes nearly twice the bytes, as does twice the rate
+    wave = np.fft.irfft(np.fft.rfft(wave)[:len(wave) // 4 + 1])
+    return 0.8 * wave / max(np.abs(wave).max(), 1e-9), rate // 2
+
+
+def draw_roll(tune, begin=0.0, given_bars=0):
+    """A Tune -> SVG of what its sound holds: pitch over time, bars numbered, a colour per voice.
+
+    `begin` is the second at which the sound begins. The notes of the first `given_bars` bars are grey, and
+    end at a line. "data-seconds" is the length, by which the page's script moves the head.
+    """
+    notes, bars = tune.notes, bar_starts(tune)
+    start, end = (seconds_at(tune, beats) - begin for beats in (notes.onset, notes.onset + notes.duration))
+    lines = seconds_at(tune, bars) - begin
+    seen = np.flatnonzero((start > -1e-6) & (start < SOUND_SECONDS))
+    if not len(seen):
+        return ""
+
+    length = min(max(end[seen].max(), 1), SOUND_SECONDS)
+    low, high = int(notes.pitch[seen].min()) - 2, int(notes.pitch[seen].max()) + 2
+    x, row = ROLL_WIDTH / length, (ROLL_HEIGHT - 16) / (high - low)
+    inside = [bar for bar, second in enumerate(lines) if -1e-6 < second < length]
+    every = math.ceil(len(inside) / 16)
+
+    shapes = []
+    for bar in inside:
+        at, number = lines[bar] * x, bar + 1
+        shapes.append(f'<path d="M{at:.1f} 0V{ROLL_HEIGHT - 14}" stroke="#8884"/>')
+        if bar % every == 0 and bar < len(bars) - 1:
+            shapes.append(f'<text x="{at + 2:.1f}" y="{ROLL_HEIGHT - 3}">{number}</text>')
+    for octave in range(math.ceil(low / 12), high // 12 + 1):
+        y = (high - 12 * octave) * row
+        shapes.append(f'<path d="M0 {y:.1f}H{ROLL_WIDTH}" stroke="#8884"/>'
+                      f'<text x="2" y="{y - 2:.1f}">C{octave - 1}</text>')
+
+    join = bars[min(given_bars, len(bars) - 1)]
+    for i in seen:
+        new = notes.onset[i] > join - 1e-6
+        colour = VOICE_COLOURS[notes.voice[i] % len(VOICE_COLOURS)] if new else GIVEN_COLOUR
+        width = max((min(end[i], length) - start[i]) * x - 0.6, 1)
+        y = (high - notes.pitch[i] - 0.5) * row
+        shapes.append(f'<rect x="{start[i] * x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{row * 0.9:.1f}"'
+                      f' fill="{colour}"/>')
+    if given_bars:
+        at = (float(seconds_at(tune, join)) - begin) * x
+        shapes.append(f'<path d="M{at:.1f} 0V{ROLL_HEIGHT}" stroke="currentColor" stroke-dasharray="4 3"/>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" class="roll" viewBox="0 0 {ROLL_WIDTH} {ROLL_HEIGHT}"'
+            f' data-seconds="{length:.3f}" font-family="sans-serif" font-size="10" fill="currentColor"'
+            f' role="img" aria-label="Piano roll">{"".join(shapes)}'
+            f'<path class="head" d="M0 0V{ROLL_HEIGHT}" stroke="currentColor" stroke-width="0"/></svg>')
+
+
+def engrave(tune, midi, most=SCORE_BARS):
+    """The first bars of a Tune and its MIDI as a score in SVG, None where it can't be set.
+
+    By way of MIDI and Humdrum, since verovio's own reader of ABC knows one voice only, and lytk's stops at
+    several. Drums are left out; of more than SCORE_STAVES voices the busiest stay. The <desc> of the SVG says
+    what is missing. Where a score of 16 bars takes more than SCORE_BYTES, half of the bars are set.
+    """
+    bars, score = bar_starts(tune), symusic.Score.from_midi(midi)
+    shown = min(most, len(bars) - 1)
+    score = score.clip(0, round(bars[shown] * score.ticks_per_quarter), clip_end=True)
+    voices = [track for track in score.tracks if not track.is_drum and len(track.notes)]
+    busiest = sorted(voices, key=lambda track: -len(track.notes))[:SCORE_STAVES]
+    score.tracks = [track for track in voices if track in busiest]
+    if not voices:
+        return None
+    if len(voices) > 1:
+        import pretty_midi  # takes most of a second
+        for track in score.tracks:
+            track.name = pretty_midi.program_to_instrument_name(track.program)
+    score.key_signatures = [symusic.KeySignature(0, key_sharps(tune.key), 0)]
+
     verovio.enableLog(verovio.LOG_OFF)
     page = verovio.toolkit()
     page.setOptions({"pageWidth": 1600, "pageHeight": 60_000, "adjustPageHeight": True, "scale": 40,
-                     "svgViewBox": True, "svgRemoveXlink": True, "header": "none", "footer": "none",
-                     "xmlIdSeed": 1})
-    score = music21_score(text)
-    for bar in score.recurse().getElementsByClass("Measure"):  # the strict export marks all notes: too many
-        bar.makeAccidentals(inPlace=True, overrideStatus=True, cautionaryNotImmediateRepeat=False)
-    with contextlib.redirect_stderr(io.StringIO()):  # it comments on every voice beyond 16
-        xml = music21.musicxml.m21ToXml.GeneralObjectExporter(score).parse()
-    page.loadData(xml.decode())
-    return re.sub(r">\s+<", "><", page.renderToSVG(1))
+                     "pageMarginLeft": 120, "svgViewBox": True, "svgRemoveXlink": True, "header": "none",
+                     "footer": "none", "xmlIdSeed": 1})
+    try:
+        humdrum = lytk.to_humdrum(lytk.from_midi_bytes(score.dumps_midi())).replace('*I"Track 1', "*")
+    except lytk.LytkError:
+        return None
+    if shown < len(bars) - 1:
+        humdrum = humdrum.replace("==", "=")  # it does not end here
+    if not page.loadData(humdrum):
+        return None
+    picture = re.sub(r">\s+<", "><", page.renderToSVG(1))
+    if len(picture) > SCORE_BYTES and shown > 1:
+        return engrave(tune, midi, shown // 2)
+
+    left_out = [f"bars {shown + 1} to {len(bars) - 1}"] * (shown < len(bars) - 1)
+    left_out += ["the drums"] * any(drum for _, drum in tune.voices)
+    left_out += [f"{len(voices) - SCORE_STAVES} more voices"] * (len(voices) > SCORE_STAVES)
+    said = f"Left out: {', '.join(left_out)}." if left_out else "The whole tune."
+    return re.sub("<desc>[^<]*</desc>", f"<desc>{said}</desc>", picture)
 
 
 # --- on demand: python LakhMIDI.py --sample 8 --prompt mine.mid
@@ -4757,11 +4849,12 @@ def compose(cfg, count, prompt="", constrained=False):
     need(not (native and constrained), "--constrained knows only the notation that convert writes")
     prompt, folder = read_prompt(prompt, cfg, native), Path(cfg.SAVE_DIR, "my_samples")
     folder.mkdir(exist_ok=True)
+    say_if_mute()
     tunes = sample(model, vocab, [prompt] * count, max_chars=cfg.SAMPLE_CHARS, temperature=cfg.TEMPERATURE,
                    top_p=cfg.TOP_P, seed=cfg.SEED, constrained=constrained)
     for i, tune in enumerate(tunes, 1):
         path = folder / f"{best['run']}_{cfg.SEED}_{i:02d}"
-        write_tune(path, tune["text"] if tune["ended"] else whole_bars(tune["text"]))
+        write_tune(path, tune["text"] if tune["ended"] else whole_bars(tune["text"]), prompt)
         check = check_abc(tune["text"], tune["ended"], prompt)
         print(f"{path}.mid  {check['bars']} bars  {', '.join(check['reasons']) or 'valid'}")
 
