@@ -4688,7 +4688,7 @@ def write_tune(path, text, prompt="", score=False):
 def say_if_mute():
     """One line where there are no wheels for sound and scores."""
     if not midirenderer:
-        say("  no sound, no scores: midirenderer and lytk are not installed, or have no wheel for this machine")
+        say("  no sound, no scores: midirenderer and lytk are not installed; Linux on ARM has no wheels")
 
 
 def heard_from(tune, prompt):
