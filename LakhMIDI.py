@@ -700,22 +700,253 @@ def read_archive(path, cfg):
         raise UserError(f"{path} is no ZIP or tar archive, or is cut off or damaged ({error})") from error
 
 
-# --- the folk tunes bundled with music21
+# --- ABC from elsewhere: the bundled books, The Session, a tune that a user brings
+#
+# abc2midi turns it into MIDI, the converter below turns that into our notation, the study's only one. Two
+# things stand in the way. abc2midi performs: grace notes steal time, staccato dots halve notes, trills,
+# hornpipes, fermatas and chord names add what no one wrote (8 % of the bundled tunes come out changed); JUNK
+# takes them out before. And it loses bar lines: a pick-up stands at tick 0 (68 % of the tunes), a change of
+# metre behind a rest comes too early and inside repeats is not set back. Only tempi always come in time: so
+# mark_bars writes one of its own before each bar, which tells time_signatures what was played when.
 
-def folk_members(cfg):
-    """The tunes turned into MIDI files in the order of their rank: the first MAX_MIDI_FILES will be used."""
+KEPT = (r"(?:[KLMQV]:(?![|:])[^\n]*\n|P: *(?:[A-Z]\d?[. ]*)+(?:%[^\n]*)?\n"  # lines that concern the notes
+        r"|%%MIDI +(?:program|channel|r?transpose|c|voice|drummap)\b[^\n]*\n)")
+JUNK = re.compile(
+    rf"(^{KEPT}|\[[KLMPQV]:[^]\n]*\])"  # stays; all below goes
+    r"|^(?:[H-Zh-z+]:(?![|:])|[A-Ga-g]:(?=[^|:\n]*$)|%)[^\n]*\n|\[[A-Za-z]:[^]\n]*\]"  # other fields
+    r"|%[^\n]*|\"[^\"\n]*\"?|\{[^}\n]*\}?"  # comments, chord names, grace notes
+    r"|!(?:[^\s|!]*[h-y.<>()][^\s|!]*|f+)!|\+[a-z.]*[h-wy][a-z.]*\+"  # ornaments: !trill! or +trill+
+    r"|[~.`\\$*!@;yH-WYh-w]", re.M)  # those of one letter, and ! as a line break
+SIGN = re.compile(  # a field, or a bar line with the number of its ending; between them is music
+    rf"(^{KEPT}|\[[A-Z]:[^]\n]*\]"
+    r"|(?:\[?\|[|:\]]*|:+\|[|:\]]*|(?<!\(\d)::)(?:[ \t]*\[?\d+(?:[,-]\d+)*)?|\[\d+(?:[,-]\d+)*)", re.M)
+NO_NOTES = re.compile(  # a second, plainer opinion, for count_notes
+    r"^(?:[A-Za-z+]:(?![|:])|%).*|\"[^\"\n]*\"|\{[^}\n]*\}|\[[A-Za-z]:[^]\n]*\]|%.*|![^\s|!]*[h-y]\S*?!",
+    re.M)
+TAG = re.compile(  # HTML, but not the broken rhythm of a<b c>d
+    r"<(?:!|/ ?\w|(?:br|hr|p|i|u|em|tt|pre|div|span|font|strong|html|head|body|table|tr|td)\b"
+    r"|\w+\s[^<>|]*=\s*[\"'])[^<>]*>\n?", re.I)
+TEXT_BLOCK = re.compile(r"^%%begin(\w+).*?^%%end\1[^\n]*\n", re.M | re.S)
+SHARED_LINE = re.compile(  # K:G |:GABc|
+    r"^([KLM]: *(?:\d+/\d+|C\|?|[A-G][#b]?(?: ?(?:m|maj|min|dor|mix|phr|lyd|loc|aeo|ion)[a-z]*)?)) +(?=.*\|)",
+    re.M | re.I)
+QUARTER = 480  # abc2midi's ticks
+FIRST_MARK = 200  # quarter notes a minute in the mark of the first bar, one more in each that follows
+MAX_BARS = 7_000  # beyond that marks can't be told apart: MIDI has tempi in microseconds
+
+
+class Bar(NamedTuple):
+    """A bar of foreign ABC as it is written."""
+    metre: tuple | None  # (6, 8); None where it is free
+    tempo: float  # quarter notes per minute
+    seam: bool  # behind a repeat sign, a double bar or the beginning of an ending
+    notes: int
+
+
+def decoded(data):
+    """Bytes of a text file -> str."""
+    codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    if b"\0" in data[:2]:
+        codec = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+    try:
+        return data.decode(codec)
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def plain_text(text):
+    """Text without HTML, text blocks and control characters, each field on a line of its own."""
+    text = "\n".join([*text.splitlines(), ""])
+    for _ in range(2):  # &amp;quot; happens. Without a semicolon it is music: &deg, a voice
+        text = re.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), text)
+    text = TEXT_BLOCK.sub("", TAG.sub("\n", text)).replace("\t", " ")
+    text = "".join(char for char in text if char == "\n" or char.isprintable())
+
+    text = re.sub(r"^[A-Z]:.* K:.*", lambda line: re.sub(" +(?=[A-Z]:)", "\n", line[0]), text, flags=re.M)
+    return SHARED_LINE.sub(r"\1\n", text)
+
+
+def metre_of(text):
+    """'6/8', '2+3/8', 'C|' ... -> (numerator, denominator), None for a free metre."""
+    found = re.search(r"(\d+(?: *\+ *\d+)*)\)? */ *(\d+)", text)
+    if found:
+        metre = sum(map(int, found[1].split("+"))), int(found[2])
+        return metre if 0 < metre[0] < 100 and metre[1] in UNITS else None
+    return (2, 2) if "C|" in text else (4, 4) if "C" in text else None
+
+
+def tempo_of(text, before):
+    """'"Lively" 3/8=120', '120' ... -> quarter notes per minute, `before` where there is no number."""
+    found = re.search(r"(?:(\d+)/(\d+) *= *)?\b(\d+)\s*(?:%|$)", re.sub('"[^"]*"', "", text))
+    num, den, rate = (int(number or 0) for number in found.groups()) if found else (0, 0, 0)
+    tempo = 4 * num / den * rate if den else rate
+    return tempo if 10 <= tempo <= 1000 else before
+
+
+def count_notes(music):
+    """The notes in some ABC, tied ones counted once."""
+    music = NO_NOTES.sub("", music)
+    tied = "".join(re.findall(r"(\[[^]|\n]*\]|[A-Ga-g])[,'\d/]*\s?-", music))
+    return len(re.findall("[A-Ga-g]", music)) - len(re.findall("[A-Ga-g]", tied))
+
+
+def mark_bars(text):
+    """Clean ABC -> (what abc2midi gets: the same with a tempo of its own before each bar, [Bar])."""
+    out, bars = ["X:1\n%%MIDI chordattack 0\n"], []
+    metre, tempo, seam, ended = (4, 4), 120, True, True
+    for i, token in enumerate(SIGN.split(text)):
+        letter, value = token.lstrip("[")[:1], token.partition(":")[2].rstrip("]\n")
+        if i % 2 == 0:
+            if ended and re.search("[A-Ga-gxzXZ]", token):
+                out.append(f" [Q:1/4={FIRST_MARK + len(bars)}]")
+                bars.append(Bar(metre, tempo, seam, 0))
+                seam = ended = False
+            if bars:
+                bars[-1] = bars[-1]._replace(notes=bars[-1].notes + count_notes(token))
+        elif letter == "Q":
+            tempo = tempo_of(value, tempo)
+            continue
+        elif letter == "M":
+            metre = metre_of(value)
+        elif letter == "V":
+            ended = True
+        elif letter not in "KLP%":
+            seam, ended = seam or token != "|", True
+        out.append(token)
+    return "".join(out), bars
+
+
+def metre_ticks(metre):
+    return metre[0] * 4 * QUARTER // metre[1] if metre else 0
+
+
+def metre_for(ticks, metre):
+    """The metre of a bar of that length, in the notes of `metre` if it can be; else `metre`, or 4/4."""
+    metre = metre or (4, 4)
+    for den in (metre[1], 4, 8, 16, 32):
+        num, left = divmod(ticks * den, 4 * QUARTER)
+        if not left and 0 < num < 100:
+            return num, den
+    return metre
+
+
+def time_signatures(played, end):
+    """[(tick, Bar)] in the order of playing, tick of the end -> (ticks of rest before the pick-up, [(tick,
+    numerator, denominator)]).
+
+    A short bar before a seam and the pick-up behind it are one bar; others are as long as they were written.
+    """
+    bars = played[:1]
+    for (start, bar), (stop, _) in itertools.pairwise([*played[1:], (end, None)]):
+        begun, before = bars[-1]
+        if not (bar.seam and start - begun < metre_ticks(before.metre) == stop - begun):
+            bars.append((start, bar))
+    lengths = np.diff([start for start, _ in bars] + [end]).tolist()
+
+    second = lengths[1 % len(bars)]
+    rest = (metre_ticks(bars[0][1].metre) or second) - lengths[0] if lengths[0] < second else 0
+    rest = max(0, rest)
+    lengths[0] += rest
+
+    signs = []
+    for i, ((start, bar), length) in enumerate(zip(bars, lengths, strict=True)):
+        whole = metre_ticks(bar.metre)
+        silent = whole and not bar.notes and length % whole == 0  # Z4: four bars
+        last = i == len(bars) - 1 and length < whole
+        metre = bar.metre if length == whole or silent or last else metre_for(length, bar.metre)
+        if not signs or metre != signs[-1][1:]:
+            signs.append((start + rest * (i > 0), *metre))
+    return rest, signs
+
+
+def foreign_abc_to_midi(text, program):
+    """A tune in anyone's ABC -> bytes of a MIDI file: its notes as they are written, its bars as they are
+    played. `program` is that of abc2midi_program. Raises Skip, UserError.
+    """
+    head, *rest = re.split(r"^(K:.*\n)\s*", text, maxsplit=1, flags=re.M)
+    if not rest:
+        raise Skip("no K: field")
+    music = re.split(r"\n\s*\n", rest[1], maxsplit=1)[0] + "\n"  # an empty line ends a tune
+    fields = "".join(re.findall(f"^{KEPT}", head, re.M)) + rest[0]
+    marked, bars = mark_bars(fields + JUNK.sub(r"\1", music))
+    notes = sum(bar.notes for bar in bars)
+    if not notes or len(bars) > MAX_BARS:
+        raise Skip(f"more than {MAX_BARS:,} bars" if notes else "no music")
+
+    score = symusic.Score.from_midi(run_abc2midi(program, marked.encode()))
+    marks = {tempo.time: round(6e7 / tempo.mspq) - FIRST_MARK for tempo in score.tempos}
+    played = [(tick, mark) for tick, mark in sorted(marks.items()) if 0 <= mark < len(bars)]
+    played = [(tick - played[0][0], mark) for tick, mark in played]  # a tick late if there is one voice
+    turns = Counter(mark for _, mark in played)
+    expected = sum(bar.notes * max(1, turns[mark]) for mark, bar in enumerate(bars))
+    if not played or score.note_num() < 0.9 * expected * count_notes(music) / notes:
+        raise Skip("notes lost")
+    return with_bars(score, [(tick, bars[mark]) for tick, mark in played])
+
+
+def with_bars(score, played):
+    """What abc2midi made of marked ABC, [(tick, Bar)] -> bytes of a MIDI file with the metres and tempi of
+    the tune, and a rest before its pick-up.
+    """
+    rest, signs = time_signatures(played, score.end())
+    score = score.shift_time(rest - 1)  # abc2midi begins everything a tick late
+    score.key_signatures.clear()
+    score.time_signatures.clear()
+    score.tempos.clear()
+    score.time_signatures.extend([symusic.TimeSignature(*sign) for sign in signs])
+    tempo = None
+    for tick, bar in played:
+        if bar.tempo != tempo:
+            score.tempos.append(symusic.Tempo(tick + rest if tempo else 0, qpm=float(bar.tempo)))
+        tempo = bar.tempo
+    return score.dumps_midi()
+
+
+def read_foreign(path):
+    """Bytes of a MIDI file for what a user brings: a MIDI file as it is, of an ABC file the first tune."""
+    path, kinds = Path(path), (".abc", *MIDI_SUFFIXES)
+    need(path.suffix.lower() in kinds, f"{path} can't be read; {', '.join(kinds)} can")
+    need(path.is_file(), f"there is no file {path}")
+    need(path.stat().st_size <= MAX_FILE_BYTES, f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB")
+    if path.suffix.lower() != ".abc":
+        return path.read_bytes()
+
+    tunes = re.split("^(?=X:)", plain_text(decoded(path.read_bytes())), flags=re.M)
+    tunes = [tune for tune in tunes if re.search("^K:", tune, re.M)]
+    need(tunes, f"{path} holds no tune: in ABC a line that begins with K: stands before the music")
+    if len(tunes) > 1:
+        say(f"prompt    {path} holds {len(tunes)} tunes; the first one is taken")
+    try:
+        with abc2midi_program() as program:
+            return foreign_abc_to_midi(tunes[0], program)
+    except Skip as reason:
+        raise UserError(f"{path} can't be read as a tune: {reason}") from reason
+
+
+def abc_members(tunes, text_of, cfg):
+    """(name, function that makes its MIDI file) of each [(name, what text_of takes)], in the order of their
+    rank. Threads make beforehand the first MAX_MIDI_FILES, which will be used.
+    """
+    tunes = sorted(tunes, key=lambda tune: rank(tune[0]))
+    with abc2midi_program() as program, ThreadPool(2 * cfg.WORKERS) as pool:  # threads mostly wait
+
+        def make(source):
+            return foreign_abc_to_midi(plain_text(text_of(source)), program)
+
+        jobs = [pool.apply_async(make, [source]) for _, source in tunes[:cfg.MAX_MIDI_FILES or None]]
+        for i, (name, source) in enumerate(progress(tunes, "extract", unit="tune")):
+            yield name, jobs[i].get if i < len(jobs) else functools.partial(make, source)
+
+
+def folk_tunes():
+    """[(name, bytes)] of the tunes of the books bundled with music21."""
     corpus = Path(importlib.util.find_spec("music21").origin).parent / "corpus"  # an import takes seconds
     tunes = {}
     for book in (path for folder in FOLK_BOOKS for path in (corpus / folder).glob("*.abc")):
         for tune in re.split(rb"^(?=X:)", book.read_bytes(), flags=re.M)[1:]:
             number = int(re.match(rb"X:\s*(\d+)", tune)[1])
             tunes[f"{book.parent.name}/{book.stem}_{number:04d}.mid"] = tune
-    names = sorted(tunes, key=rank)
-    with abc2midi_program() as program, ThreadPool(2 * cfg.WORKERS) as pool:  # threads mostly wait
-        make = functools.partial(run_abc2midi, program)
-        jobs = {name: pool.apply_async(make, [tunes[name]]) for name in names[:cfg.MAX_MIDI_FILES or None]}
-        for name in progress(names, "extract", unit="tune"):
-            yield name, jobs[name].get if name in jobs else functools.partial(make, tunes[name])
+    return list(tunes.items())
 
 
 @contextlib.contextmanager
@@ -744,81 +975,80 @@ def run_abc2midi(program, abc, timeout_s=20):
         return midi.read_bytes()
 
 
-# --- The Session: tunes in ABC from the dump at https://github.com/adactio/TheSession-data
+# --- The Session: the dump at https://github.com/adactio/TheSession-data, or what its pages answer as JSON
 
-KEY = re.compile(r"([A-G][b#]?) ?(maj|min|dor|mix|phr|lyd|loc|aeo|ion)[a-z]*", re.I)  # Gmajor, A dorian
-WORDS = re.compile(r"^[ABCDFGHINORSTWXZwr]:(?![|:]).*\n?", re.M)  # fields that are no music, as A:| would be
+MODE = re.compile(r"([A-G][b#]?) ?(maj|min|dor|mix|phr|lyd|loc|aeo|ion)[a-z]*", re.I)  # Gmajor, A dorian
+TYPE_METRES = {"jig": "6/8", "slip jig": "9/8", "slide": "12/8", "polka": "2/4", "waltz": "3/4",
+               "mazurka": "3/4", "three-two": "3/2"}  # its pages give no metre; all other types are in 4/4
 
 
-def dump_rows(path, cleaned):
-    """Yields the rows of a tunes.csv or tunes.json as dicts, {} for an unreadable one. Raises UserError."""
-    text = Path(path).read_bytes().decode("utf-8-sig", "replace")
-    cleaned["bytes that are no UTF-8"] = text.count("\ufffd")
-    if text.lstrip().startswith("["):
+def dump_rows(path):
+    """The rows of a tunes.csv or tunes.json, one for each setting (version of a tune), as dicts, {} for what
+    can't be read. Raises UserError.
+    """
+    text = decoded(Path(path).read_bytes())
+    if text.lstrip()[:1] in ("[", "{"):
         try:
-            rows = json.loads(text)
+            tunes = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{path} is damaged or cut off ({error})") from error
-        yield from (row if isinstance(row, dict) else {} for row in rows)
-        return
-    table, row = csv.DictReader(io.StringIO(text, newline="")), {}
+        tunes = tunes.get("tunes", [tunes]) if isinstance(tunes, dict) else tunes
+        return [row for tune in tunes for row in settings_of(tune)]
+
+    backslash = re.search(r'\\"(?![",\r\n])', text)  # some write a quotation mark so, others double it
+    table = csv.DictReader(io.StringIO(text, newline=""), escapechar="\\" if backslash else None)
     need("abc" in (table.fieldnames or ()), f"{path} is no tunes.csv or tunes.json of The Session")
+    rows, row = [], {}
     while row is not None:
         try:
             row = next(table, None)
         except csv.Error:  # a field without end, as after a quotation mark that is never closed
             row = {}
-        if row is not None:
-            yield row
+        rows.append(row)
+    return rows[:-1]
 
 
-def plain_text(value, field, cleaned):
-    """A field without HTML entities and control characters; `cleaned` counts the fields that change."""
-    given = text = "\n".join(str(value or "").splitlines())
-    for _ in range(2):  # &amp;quot; happens. Without a semicolon it is music: &deg, a voice
-        text = re.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), text)
-    text = unicodedata.normalize("NFC", text).replace("\ufffd", "")
-    text = "".join(char for char in text if char == "\n" or char.isprintable())
-    cleaned[field] += text != given
-    return text.strip()
+def settings_of(tune):
+    """The rows of an item in JSON: a setting, or a tune with its settings in a list."""
+    if not isinstance(tune, dict):
+        return [{}]
+    if not isinstance(tune.get("settings"), list):
+        return [tune]
+    common = {"tune_id": tune.get("id"), "meter": TYPE_METRES.get(tune.get("type"), "4/4")}
+    rows = [row for row in tune["settings"] if isinstance(row, dict)]
+    return [common | {"setting_id": row.get("id"), "mode": row.get("key")} | row for row in rows]
 
 
-def setting_abc(row, ids, cleaned):
-    """The bytes of a complete ABC tune for one setting (version of a tune); raises Skip for what is none.
+def dump_name(row):
+    """The name of the file of a setting, in a folder for its tune; an id of 0 is none."""
+    ids = [str(row.get(f"{name}_id") or row.get(name, "")) for name in ("tune", "setting")]
+    return "/".join(number if re.fullmatch("[0-9]{1,9}", number) else "0" for number in ids) + ".mid"
 
-    The music stays as it is. The header has one order, which begins as that of a converted MIDI file does.
-    """
-    title, rhythm, metre, mode, abc = (plain_text(row.get(name), name, cleaned)
-                                       for name in ("name", "type", "meter", "mode", "abc"))
-    key, music = KEY.fullmatch(mode), WORDS.sub("", abc)
-    cleaned["words in abc"] += music != abc
-    if not all(ids):
+
+def setting_abc(row):
+    """The ABC of a setting with its header; raises Skip for what is none."""
+    metre, mode, music = (plain_text(str(row.get(name) or "")).strip() for name in ("meter", "mode", "abc"))
+    key = MODE.fullmatch(mode)
+    if not re.fullmatch(r"[1-9]\d*/[1-9]\d*\.mid", dump_name(row)):
         raise Skip("no tune_id or setting_id")
+    if None in row:
+        raise Skip("more fields than columns")
     if not re.search("[A-Ga-g]", music):
         raise Skip("no music")
     if not key or not re.fullmatch(r"\d\d?/\d\d?", metre):
         raise Skip("no key or metre")
-    header = {"X": "1", "T": title, "L": "1/8", "M": metre, "R": rhythm, "K": key[1].title() + key[2].lower()}
-    lines = [f"{letter}:{' '.join(text.split())}" for letter, text in header.items() if text]
-    lines += filter(str.strip, music.split("\n"))  # an empty line would end the tune
-    return "\n".join([*lines, ""]).encode()
-
-
-def dump_members(path, facts):
-    """A folder for each tune, in it a file for each setting; adds to `facts`."""
-    for row in progress(dump_rows(path, facts["cleaned"]), "extract", unit="setting"):
-        ids = [str(row.get(f"{name}_id") or row.get(name, "")) for name in ("tune", "setting")]
-        ids = [number if re.fullmatch("[0-9]{1,9}", number) else "" for number in ids]
-        facts["newest"] = max(facts["newest"], str(row.get("date") or "")[:10] * all(ids))
-        yield f"{ids[0] or 0}/{ids[1] or 0}.abc", functools.partial(setting_abc, row, ids, facts["cleaned"])
+    music = re.sub(r"\n\s*\n", "\n", music)
+    return f"X:1\nL:1/8\nM:{metre}\nK:{key[1].title()}{key[2].lower()}\n{music}\n"
 
 
 def read_dump(path, cfg):
     """The books of a dump, and what tells it from another."""
+    rows = dump_rows(path)
+    dates = [str(row.get("date") or "")[:10] for row in rows if row]
     with open(path, "rb") as file:
         facts = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell(),
-                 "newest": "", "cleaned": Counter()}
-    books = write_members(dump_members(path, facts), cfg, (".abc",))
+                 "newest": max(dates, default="")}
+    books = write_members(abc_members([(dump_name(row), row) for row in rows], setting_abc, cfg), cfg)
     return books | {"corpus": f"The Session, settings until {facts['newest']}", "dump": facts}
 
 
@@ -976,7 +1206,7 @@ def read_source(cfg):
             return read_dump(dump, cfg)
     elif cfg.DATASET:
         return read_dump(cfg.DATASET, cfg)
-    return write_members(folk_members(cfg), cfg) | {"corpus": FOLK}
+    return write_members(abc_members(folk_tunes(), decoded, cfg), cfg) | {"corpus": FOLK}
 
 
 @stage(version=2, knobs="source MAX_MIDI_FILES MIDI_ROOT")
@@ -1807,23 +2037,6 @@ def convert_one(data, cfg):
                   **identity(notes, drums)}
 
 
-def describe_abc(text, path, cfg):
-    """A tune of The Session, which is ABC already -> the row of convert_one. Raises Rejected.
-
-    Its title is left out: it is no music, and gives the work away. Two beats a second, as there is no tempo.
-    """
-    text = re.sub(r"^T:.*\n", "", text, flags=re.M)
-    if len(text) > cfg.MAX_ABC_CHARS:
-        raise Rejected("too_many_chars", f"{len(text)}")
-    tune = read_abc(text)
-    notes, drums = tune.notes, np.zeros(len(tune.notes.pitch), bool)
-    if len(drums) < max(1, cfg.MIN_NOTES):
-        raise Rejected("too_few_notes", f"{len(drums)}")
-    return {"abc": text, "n_bars": tune.n_bars, "seconds": float((notes.onset + notes.duration).max() / 2),
-            "n_notes": len(drums), "n_chars": len(text), "n_tracks": len(tune.voices), "f1": None,
-            "work": Path(path).parent.name, **identity(notes, drums)}
-
-
 # --- what tells one work from another
 
 SHINGLE = 12  # melodic intervals per shingle
@@ -1898,8 +2111,7 @@ def convert_file(source, target, cfg):
     """In a worker: converts a MIDI file to `target`; returns its row of report.jsonl."""
     try:
         data = Path(source).read_bytes()
-        is_abc = Path(source).suffix == ".abc"
-        row = describe_abc(data.decode(), source, cfg) if is_abc else convert_one(data, cfg)
+        row = convert_one(data, cfg)
     except Rejected as reject:
         return {"reason": reject.reason}
     except Exception as error:  # out of memory, unreadable, or a bug: one file must not stop the others
@@ -1919,7 +2131,7 @@ def limit_worker():
 
 def abc_path(file, cfg):
     """Where the text of a file relative to MIDI_ROOT goes."""
-    return cfg.ABC_ROOT / f"{file.removesuffix('.abc')}.abc"
+    return cfg.ABC_ROOT / f"{file}.abc"
 
 
 def convert_all(files, cfg):
@@ -2224,8 +2436,9 @@ def tokenize(cfg):
                           f"{cfg.ABC_ROOT / 'report.jsonl'} for the reasons")
     chars = np.array([tune["n_chars"] for tune in tunes])
     signatures = np.load(cfg.ABC_ROOT / "signatures.npy", mmap_mode="r")
-    works = group_works(signatures, [tune["hash"] for tune in tunes],
-                        [tune.get("work") or tune["file"] for tune in tunes])
+    dump = "dump" in read_json(Path(cfg.DATA_ROOT, "midi_index.json"), {})  # a folder for each tune in it
+    labels = [tune["file"].split("/")[0] if dump else tune["file"] for tune in tunes]
+    works = group_works(signatures, [tune["hash"] for tune in tunes], labels)
     fractions = held_out_fractions(chars.sum(), cfg)
     split_ids = works if cfg.SPLIT_BY == "work" else [tune["file"] for tune in tunes]
     splits = split_groups(split_ids, chars, *fractions, cfg.SEED)
@@ -2270,14 +2483,14 @@ def corpus_statistics(report, placed, vocab, works, fractions, cfg):
         splits[split] = {"tunes": len(rows), "groups": len({row["group"] for row in rows}),
                          **{key: sum(row[key] for row in rows) for key in sums},
                          "set aside": sum(row["chars"] + 2 for row in rows if "leaked" in row)}
-    f1 = np.array([tune["f1"] for tune in tunes if tune["f1"] is not None])  # none of what came as ABC
+    f1 = np.array([tune["f1"] for tune in tunes])
     sizes = np.unique(works, return_counts=True)[1]
     quantiles = {"min": 0, "5%": 5, "25%": 25, "50%": 50, "75%": 75, "95%": 95, "99%": 99, "max": 100}
     return {"files": len(report), "converted": len(tunes), "converted_share": len(tunes) / len(report),
             "rejected": dict(reasons.most_common()), "vocabulary": vocab.chars,
             "vocabulary_size": len(vocab.chars), "splits": splits, "split_by": cfg.SPLIT_BY,
             "fractions": fractions,
-            "round_trip_f1": {"mean": f1.mean(), "share_above_0.99": (f1 > 0.99).mean()} if len(f1) else None,
+            "round_trip_f1": {"mean": f1.mean(), "share_above_0.99": (f1 > 0.99).mean()},
             "chars_per_note": chars.sum() / sum(tune["n_notes"] for tune in tunes),
             "length_quantiles": {name: np.percentile(chars, q) for name, q in quantiles.items()},
             "longest_1%_hold": np.sort(chars)[-max(1, len(chars) // 100):].sum() / chars.sum(),
@@ -4409,10 +4622,7 @@ def training_melodies(cfg, most=2**26):
     parts, size = [], 0
     for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl"):
         if tune["split"] == "train" and "leaked" not in tune and size < most:
-            if tune["file"].endswith(".abc"):
-                notes, voices = read_abc(abc_path(tune["file"], cfg).read_text("utf-8"))[:2]
-            else:  # ten times as fast as reading the text
-                notes, voices = score_notes(read_score(cfg.MIDI_ROOT / tune["file"]))
+            notes, voices = score_notes(read_score(cfg.MIDI_ROOT / tune["file"]))  # faster than from the text
             parts.append(melody(notes, np.array([drum for _, drum in voices])))
             size += len(parts[-1])
     return np.concatenate(parts)
@@ -4820,20 +5030,16 @@ def engrave(tune, midi, most=SCORE_BARS):
 
 # --- on demand: python LakhMIDI.py --sample 8 --prompt mine.mid
 
-def read_prompt(prompt, cfg, native=False):
+def read_prompt(prompt, cfg):
     """A prompt in the notation of the models: ABC text as it is, an .abc or MIDI file converted.
-
-    `native`: the models write ABC as it was found, not that of the converter: an .abc file stays as it is.
 
     The last bar of a file is left out: a tune that has come to its close would be followed by its end.
     """
     path = Path(prompt)
     if "\n" in prompt or path.suffix.lower() not in (".abc", *MIDI_SUFFIXES):
         return prompt.replace("\\n", "\n")
-    need(path.is_file(), f"there is no file {prompt}")
     try:
-        text = path.read_text("utf-8", "replace") if path.suffix.lower() == ".abc" else midi_to_abc(path, cfg)
-        text = text if native or "[V:" in text else midi_to_abc(abc_to_midi(text), cfg)
+        text = midi_to_abc(read_foreign(path), cfg)
     except Rejected as reject:
         raise UserError(f"{prompt} holds no music to go on from ({reject})") from reject
     return whole_bars(text.rstrip()[:-1]) or text
@@ -4845,9 +5051,7 @@ def compose(cfg, count, prompt="", constrained=False):
     need(runs, f"there is no trained model in {cfg.SAVE_DIR}; run the study first")
     best = min((row for row in runs if row["main"]), key=lambda row: row["val_loss"])
     model, vocab, _ = load(Path(cfg.SAVE_DIR, best["checkpoint"]), cfg.DEVICE)
-    native = read_json(cfg.tokens_root / "stats.json", {}).get("round_trip_f1", 1) is None  # came as ABC
-    need(not (native and constrained), "--constrained knows only the notation that convert writes")
-    prompt, folder = read_prompt(prompt, cfg, native), Path(cfg.SAVE_DIR, "my_samples")
+    prompt, folder = read_prompt(prompt, cfg), Path(cfg.SAVE_DIR, "my_samples")
     folder.mkdir(exist_ok=True)
     say_if_mute()
     tunes = sample(model, vocab, [prompt] * count, max_chars=cfg.SAMPLE_CHARS, temperature=cfg.TEMPERATURE,
@@ -5011,8 +5215,7 @@ def data_uri(path):
 def page_data(stats, results, fits, evaluation):
     """The tables of the page, each a list of {column: value}, and some sentences."""
     works, leak = stats["works"], stats["works"]["leak_of_split_by_file"]
-    f1 = stats["round_trip_f1"]  # None where the source is ABC
-    kept = f" The text keeps {f1['mean']:.4%} of the notes (F1, onset within 1/8 beat)." if f1 else ""
+    kept = stats["round_trip_f1"]["mean"]
     return {
         "files": [{"outcome": "converted", "files": stats["converted"]},
                   *({"outcome": f"rejected: {why}", "files": n} for why, n in stats["rejected"].items())],
@@ -5022,7 +5225,8 @@ def page_data(stats, results, fits, evaluation):
                       f"{works['in_groups_of_several']:,} tunes have a version among the others. Split by "
                       f"file, {leak['leaked_chars']:.1%} of the held-out characters have a version of their "
                       f"tune in training{'; here none has' if stats['split_by'] == 'work' else ', as here'}."
-                      f"{kept} The text takes {stats['chars_per_note']:.2f} characters per note.",
+                      f" The text keeps {kept:.4%} of the notes (F1, onset within 1/8 beat) and takes "
+                      f"{stats['chars_per_note']:.2f} characters per note.",
         **training_data(results, evaluation["models"]), **law_data(fits["families"]),
         "comparison": comparison_rows(fits.get("comparison")), **music_data(evaluation),
         "versions": [{"package": name, "version": importlib.metadata.version(name)}

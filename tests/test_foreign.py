@@ -1,0 +1,264 @@
+"""ABC from elsewhere: dialects and bar lines, the dumps of The Session, a host that fails."""
+import csv
+import functools
+import http.server
+import io
+import json
+import random
+import threading
+from pathlib import Path
+
+import pytest
+import symusic
+
+import LakhMIDI as study
+from LakhMIDI import Cfg, Skip, UserError, read_json, run_stages
+
+HEAD = "X:1\nL:1/8\nM:4/4\nK:G\n"
+
+
+def heard(midi):
+    """[(onset in quarter notes, pitch)] of the bytes of a MIDI file, the lengths of its bars in eighths."""
+    score = symusic.Score.from_midi(midi)
+    notes = sorted((round(note.time / score.tpq, 2), note.pitch)
+                   for track in score.tracks for note in track.notes)
+    signs = [(2 * sign.time / score.tpq, 8 * sign.numerator / sign.denominator)
+             for sign in score.time_signatures]
+    bars, now, end = [], 0, 2 * score.end() / score.tpq
+    while now < end:
+        bars.append(next(length for begin, length in reversed(signs) if begin <= now))
+        now += bars[-1]
+    return notes, bars
+
+
+@pytest.fixture(scope="module")
+def read():
+    """read(ABC) -> heard(its MIDI file)."""
+    with study.abc2midi_program() as program:
+        yield lambda text: heard(study.foreign_abc_to_midi(study.plain_text(text), program))
+
+
+@pytest.mark.parametrize("same", [
+    "R:hornpipe\n" + HEAD + "GABc d2e2|d8|", HEAD + "~G.ABTc !fermata!d2He2|+trill+d8|",
+    HEAD + '"Em"GA{/d}B{cd}c "^slow"d2ue2|J`d8| % c4', HEAD + "GAB!roll!c !\nd2e2|!d8|",
+    HEAD + "(GABc) d2e2\\\n|d8|\nw:one two\nN:a b c d e\nA: a place\n[r:remark]",
+    HEAD + "GABc<br />\nd2e2 | d8 |</html>\n", HEAD + "GABc !d2e2 !d8|", HEAD + "GABc d-de2|d4-|d4|",
+    HEAD + "%%begintext\nabcdefg\n%%endtext\nGABc d2&quot;G&amp;quot;e2|d8|\n\nA note beneath",
+    HEAD.replace("K:", "U: T = !trill!\n%%MIDI drumon\nK:") + "%%MIDI gchord fff\nGABc d2e2|d8|",
+    "X:1 T:The Flat Reel M:4/4 L:1/8 K:G GABc d2e2|d8|", HEAD.strip() + " GABc d2e2|d8|\n"])
+def test_what_is_written_as_notes_is_what_comes_out(read, same):
+    assert read(same)[0] == read(HEAD + "GABc d2e2|d8|")[0]
+
+
+@pytest.mark.parametrize("music, rest, bars", [
+    ("B|G2A2B2c2|d6|", 7, [8, 8, 8]),
+    ("B2|G2A2B2c2|d6:|", 6, [8, 8, 8, 8, 8]),  # what the last bar lacks is the pick-up of the repeat
+    ("B2|G2A2B2c2|d8:|", 6, [8, 8, 8, 2, 8, 8]),
+    ("G2A2B2c2|d4z4|[M:3/4]G2A2B2|c6|", 0, [8, 8, 6, 6]),  # a change behind a rest
+    ("G2A2B2c2|Z2|\nM:3/4\nz6|c6|", 0, [8, 8, 8, 6, 6]),
+    ("|:G2A2B2c2|[M:3/4]d6:|[M:4/4]e8|", 0, [8, 6, 8, 6, 8]),  # a change inside a repeat
+    ("|:G2A2B2c2|1 d4 :|2 e6|f8|]", 0, [8, 4, 8, 6, 8]),  # bars that are too short stay so
+    ("[M:none]B2|G2A2B2|c4|d6|", 4, [6, 6, 4, 6])])
+def test_bar_lines_survive(read, music, rest, bars):
+    notes, found = read(HEAD + music)
+    assert notes[0][0] == rest / 2 and found == bars
+
+
+def test_voices_keep_in_step_and_tempi_are_kept(read):
+    notes, bars = read(HEAD + "[V:1]B2|G4A4|[M:3/4]B6|\n[V:2]z2|D8|[M:3/4]G6|\n[V:1]c6|\n[V:2]A6|\n")
+    assert notes == [(3, 71), (4, 62), (4, 67), (6, 69), (8, 67), (8, 71), (11, 69), (11, 72)]
+    assert bars == [8, 8, 6, 6]
+    with study.abc2midi_program() as program:
+        midi = study.foreign_abc_to_midi("X:1\nL:1/8\nM:6/8\nQ:\"Slow\" 3/8=40\nK:G\nd|G6|[Q:90]A6|", program)
+    tempos = symusic.Score.from_midi(midi).tempos
+    assert [(change.time, round(change.qpm)) for change in tempos] == [(0, 60), (2880, 90)]
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("X:1\nabc|", "no K: field"), (HEAD + "z8|", "no music"), (HEAD + '"abcdefg"|', "no music"),
+    (HEAD + 'G8|"A4 BcdefgabB|', "notes lost"), (HEAD + "c|" * 7001, "more than 7,000 bars")])
+def test_what_can_not_be_read_is_skipped_by_its_reason(read, text, reason):
+    with pytest.raises(Skip, match=reason):
+        read(text)
+
+
+def test_a_user_s_tune_is_read_whatever_its_encoding(tmp_path, capsys):
+    path, text = tmp_path / "mine.abc", HEAD.replace("X:1\n", "X:1\nT:\u00c9t\u00e9\n") + "B|G2A2B2c2|"
+    for codec in ("utf-8", "utf-8-sig", "utf-16", "utf-16-be", "latin-1"):
+        path.write_bytes(text.encode(codec))
+        assert [pitch for _, pitch in heard(study.read_foreign(path))[0]] == [71, 67, 69, 71, 72], codec
+    path.write_text(f"%abc-2.1\n\n{text}\n\n{HEAD}c8|\n")
+    assert len(heard(study.read_foreign(path))[0]) == 5 and "2 tunes; the first" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, data, why", [
+    ("a.musicxml", b"<score/>", ".abc, .mid, .midi"), ("a.abc.gz", b"", ".abc, .mid, .midi"),
+    ("a.txt", HEAD.encode(), ".abc, .mid, .midi"), ("b.abc", b"no tune", "K:"), ("c.abc", None, "no file"),
+    ("d.abc", (HEAD + "z8|").encode(), "no music"), ("e.abc", b"\xff\xfe\x00", "K:")])
+def test_what_is_no_tune_is_refused_in_a_line(tmp_path, name, data, why):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=why) as error:
+        study.read_foreign(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+# --- The Session
+
+COLUMNS = ("tune_id", "setting_id", "name", "type", "meter", "mode", "abc", "date", "username", "composer")
+
+
+def melody(seed, bars=16):
+    rng = random.Random(seed)
+    music = ["".join(rng.choices("ABcdefg", k=8)) for _ in range(bars)]
+    return "|:" + "|\n".join("|".join(music[i:i + 4]) for i in range(0, bars, 4)) + ":|"
+
+
+def setting(tune=1, number=1, **fields):
+    return {"tune_id": tune, "setting_id": number, "name": "A Made-Up Reel", "type": "reel", "meter": "4/4",
+            "mode": "Gmajor", "abc": melody(number), "date": "2019-12-31 10:00:00", "username": "somebody",
+            "composer": "", **fields}
+
+
+def as_csv(rows, columns=COLUMNS):
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
+
+
+GOOD = [setting(tune, 10 * tune + k) for tune in range(1, 11) for k in range(3)]
+
+
+@pytest.fixture
+def extract(tmp_path, monkeypatch):
+    """extract(bytes of a dump) -> (midi_index.json, {path: bytes})."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(data):
+        (tmp_path / "tunes").write_bytes(data)
+        cfg = Cfg.smoke(tmp_path, DATASET=tmp_path / "tunes", MAX_MIDI_FILES=0)
+        study.extract(cfg, force=True)
+        index = read_json(tmp_path / "data_lakh/midi_index.json")
+        assert index["seen"] == len(index["files"]) + sum(index["skipped"].values())
+        return index, {file: (cfg.MIDI_ROOT / file).read_bytes() for file in index["files"]}
+
+    return run
+
+
+def test_all_forms_and_dialects_of_a_dump_give_the_same_tunes(extract):
+    index, files = extract(as_csv(GOOD))
+    assert len(files) == len(GOOD) and "2/21.mid" in files and index["dump"]["newest"] == "2019-12-31"
+    chords = [row | {"abc": row["abc"].replace("|", '|"G"', 1)} for row in GOOD]
+    bang = [row | {"abc": row["abc"].replace("\n", "! ")} for row in GOOD]
+    pages = [{"id": tune, "type": "reel", "settings": [
+        {"id": row["setting_id"], "key": "Gmajor", "abc": row["abc"]}
+        for row in GOOD if row["tune_id"] == tune]} for tune in range(1, 11)]
+    for data in (json.dumps(GOOD), b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), json.dumps({"tunes": pages}),
+                 as_csv(chords), as_csv(chords).replace(b'""', b'\\"'), json.dumps(bang),
+                 json.dumps(GOOD).replace("\\n", "<br />\\r\\n")):
+        assert extract(data.encode() if isinstance(data, str) else data)[1] == files
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"abc": ""}, "no music"), ({"abc": "|||  z4 |"}, "no music"), ({"abc": None}, "no music"),
+    ({"mode": "Hminor"}, "no key or metre"), ({"meter": "4/4\nX:1"}, "no key or metre"),
+    ({"tune_id": "../../etc"}, "no tune_id or setting_id"), ({"setting_id": ""}, "no tune_id or setting_id"),
+    ({"abc": "A" * 200_000}, "no tune_id or setting_id"), ({"abc": 'AB|"BcdefgabBcdefg'}, "notes lost")])
+def test_a_row_that_is_no_tune_is_counted_by_its_reason(extract, change, reason):
+    index, files = extract(as_csv([setting(1, 1), setting(2, 2) | change, setting(3, 3)]))
+    assert list(files) == ["1/1.mid", "3/3.mid"] and index["skipped"] == {reason: 1}
+
+
+@pytest.mark.parametrize("data", [
+    as_csv(GOOD[:5]).replace(b"\n", b"\r\n"), as_csv(GOOD[:5]).replace(b"A Made-Up", b"Caf\xe9"),
+    as_csv(GOOD[:5]) + b"1,2\n\n,,,,,,,\n1," + b"x," * 50, as_csv(GOOD[:5], COLUMNS[:2] + COLUMNS[4:7]),
+    as_csv(GOOD[:5]) + b'9,9,"a quotation mark that is never closed,reel,4/4,Gmajor,' + b"A\n" * 200_000],
+    ids=["CRLF", "Latin-1", "ragged", "few columns", "unclosed"])
+def test_a_damaged_dump_gives_what_is_whole(extract, data):
+    assert extract(data)[1] == extract(as_csv(GOOD[:5]))[1]
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"404: Not Found", b"[", b'[{"abc": "', b"[1, null, []]", b'{"tunes": [{"settings": 1}]}',
+    b"[" * 99_999, b"\x00\xff" * 99, as_csv([]), as_csv(GOOD, COLUMNS[:6])])
+def test_what_is_no_dump_is_refused_in_a_line(extract, data):
+    with pytest.raises(UserError) as error:
+        extract(data)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_of_one_tune_stay_on_one_side(tmp_path):
+    (tmp_path / "tunes.csv").write_bytes(as_csv(GOOD))
+    cfg = Cfg.smoke(tmp_path, DATASET=tmp_path / "tunes.csv", VAL_FRAC=0.1, MAX_MIDI_FILES=0)
+    run_stages(cfg, "extract", "tokenize")
+    sides = {}
+    for tune in study.read_jsonl(cfg.tokens_root / "tunes.jsonl"):
+        sides.setdefault(tune["file"].split("/")[0], set()).add(tune["split"])
+    assert len(sides) == 10 and all(len(splits) == 1 for splits in sides.values())
+
+
+# --- the host
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body, how, start = self.server.body, self.server.how, 0
+        self.server.asked += 1
+        if how == "404" or (how == "503" and self.server.asked == 1):
+            return self.send_error(int(how))
+        if span := self.headers.get("Range"):
+            start = int(span[6:-1])
+        self.send_response(206 if span else 200)
+        length = len(body) - start + 9 * (how == "longer") - 999 * (how == "shorter")
+        self.send_header("Content-Length", str(length))
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        self.wfile.write(body[start:start + 70_000] if how == "cuts" else body[start:])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def host(monkeypatch, tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.body, server.how, server.asked = as_csv(GOOD * 10), "", 0
+        threading.Thread(target=functools.partial(server.serve_forever, 0.02), daemon=True).start()
+        monkeypatch.setattr(study, "THESESSION_URL", f"http://127.0.0.1:{server.server_port}/tunes.csv")
+        monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
+        monkeypatch.chdir(tmp_path)
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize("how", ["", "cuts", "503"])
+def test_the_dump_is_fetched_once_however_often_the_line_breaks(host, tmp_path, how):
+    host.how = how
+    cfg = Cfg.smoke(tmp_path, DATASET="thesession", MAX_MIDI_FILES=0)
+    study.extract(cfg)
+    index = read_json(tmp_path / "data_lakh/midi_index.json")
+    assert Path(tmp_path, "data_lakh/downloads/thesession.csv").read_bytes() == host.body
+    assert index["seen"] == len(GOOD) * 10 and index["dump"]["bytes"] == len(host.body)
+    assert cfg.corpus == "The Session, settings until 2019-12-31"
+    asked = host.asked
+    assert study.extract(cfg) is False and study.extract(cfg, force=True) and host.asked == asked
+
+
+@pytest.mark.parametrize("how", ["404", "longer"])
+def test_without_the_dump_the_folk_tunes_are_used_and_it_is_said(host, tmp_path, capsys, how):
+    host.how = how
+    cfg = Cfg.smoke(tmp_path, DATASET="thesession", MAX_MIDI_FILES=3)
+    study.extract(cfg)
+    said = [line for line in capsys.readouterr().out.splitlines() if "folk tunes" in line]
+    assert len(said) == 1 and "can't download" in said[0]
+    assert cfg.corpus == study.FOLK and len(read_json(tmp_path / "data_lakh/midi_index.json")["files"]) == 3
+    host.how = ""
+    study.extract(cfg, force=True)
+    assert cfg.corpus.startswith("The Session")
+
+
+def test_a_host_that_sends_less_than_the_file_gives_what_is_whole(host, tmp_path):
+    host.how = "shorter"
+    study.extract(Cfg.smoke(tmp_path, DATASET="thesession", MAX_MIDI_FILES=0))
+    assert read_json(tmp_path / "data_lakh/midi_index.json")["seen"] > len(GOOD) * 9
