@@ -5241,7 +5241,7 @@ def shown_tunes(folder):
         tunes.append({"name": tune["name"], "abc": Path(f"{path}.abc").read_text("utf-8"),
                       **{kind: data_uri(Path(f"{path}.{kind}")) for kind in ("mp3", "png", "svg")},
                       "verdict": (f"not valid: {faults}" if faults else "valid")
-                      + f"; {tune['check']['bars']} bars; like {tune['copy']['nearest'] or 'none'} of training"})
+                      + f"; {tune['check']['bars']} bars; nearest: {tune['copy']['nearest'] or 'none'}"})
     return tunes
 
 
