@@ -1,70 +1,81 @@
-"""python killed_training.py KNOBS KILLS: trains all models whole, and killed so many times, for comparison.
+"""python killed_training.py KNOBS KILLS: trains a model of each family whole, and killed so many times.
 
-KNOBS are those of Cfg as JSON; the models go to whole/ and killed/ below SAVE_DIR. Each attempt is a fork of
-this process, which does nothing with torch but import it, killed by signal 9 a little after it has written a
-few lines of its log. A line of starts.jsonl for each attempt says where it went on.
+Prints what became of both as JSON. Each attempt is a fork of this process, which does nothing with torch but
+import it. It kills itself by signal 9 a few steps after its start: before a step, or just before a checkpoint
+takes its name.
 """
-import copy
 import json
 import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch._dynamo  # noqa: F401  optimizers import it: once here instead of in every fork
+import torch
+import torch._dynamo  # optimizers import it: once here instead of in every fork
 from tqdm import tqdm
 
 import LakhMIDI as study
 
+STUDY = {"STUDY": "smoke", "DEVICE": "cpu", "SEQ_LEN": 16, "BATCH_TOKENS": 64, "SAVE_EVERY_S": 0.0,
+         "MODELS": ("gpt_8w", "lstm_10w"), "TRAIN_TOKENS_TARGET": 64 * 150, "DECAY_FRAC": 0.5}
 
-def start(run, cfg):
+
+def killing(function, calls):
+    """`function`, but the process dies when it is called for the `calls`-th time."""
+    def counted(*args, **named):
+        counted.left -= 1
+        if counted.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **named)
+    counted.left = calls
+    return counted
+
+
+def attempt(run, cfg, places, steps=0):
+    """Trains in a fork, which dies after some steps if they are given; returns its exit status."""
     if child := os.fork():
-        return child
-    restore = study.Trainer.restore
+        return os.waitpid(child, 0)[1]
+    restore = study.Training.restore
 
     def noted(self, kind):
         found = restore(self, kind)
-        if kind == "resume":
-            with open(Path(cfg.SAVE_DIR, "starts.jsonl"), "a", encoding="utf-8") as out:
-                out.write(json.dumps([run.name, self.leg, self.step]) + "\n")
+        if kind == "resume.pt":
+            with open(places, "a", encoding="utf-8") as out:
+                out.write(json.dumps([self.part, self.step]) + "\n")
         return found
-
-    study.Trainer.restore = noted
+    study.Training.restore = noted
+    if steps % 2:
+        study.batch_starts = killing(study.batch_starts, steps)
+    elif steps:
+        study.os.replace = killing(os.replace, steps)
     with tqdm(disable=True) as bar:
         study.train_model(run, study.read_vocab(cfg), cfg, bar)
     os._exit(0)
 
 
-def kill(child, log, chance):
-    def lines():
-        return log.read_bytes().count(b"\n") if log.exists() else 0
-
-    enough = lines() + chance.randint(6, 13)
-    while lines() < enough:
-        if os.waitpid(child, os.WNOHANG)[0]:
-            sys.exit("it ended before it was killed")
-        time.sleep(0.001)
-    time.sleep(chance.random() / 100)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-
-
 def main(knobs, kills):
-    study.run_recipe = lambda run, cfg: "one recipe"
-    cfg, chance = study.Cfg(**json.loads(knobs)), random.Random(0)
-    for folder, n in (("whole", 0), ("killed", int(kills))):
-        mine = copy.copy(cfg)
-        mine.SAVE_DIR = Path(cfg.SAVE_DIR, folder)
-        Path(mine.SAVE_DIR).mkdir(parents=True)
-        for run in study.planned_runs(mine):
+    study.tokenize.recipe = lambda cfg: {}
+    chance, outcome, knobs = random.Random(0), {}, json.loads(knobs)
+    for n in (0, int(kills)):
+        cfg = study.Cfg(**STUDY, **knobs | {"SAVE_DIR": Path(knobs["SAVE_DIR"], f"killed {n} times")})
+        for run in study.planned_runs(cfg):
+            places = Path(cfg.SAVE_DIR, f"{run.name}.places")
+            places.parent.mkdir(parents=True, exist_ok=True)
             for _ in range(n):
-                kill(start(run, mine), run.path("log", mine), chance)
-            if os.waitpid(start(run, mine), 0)[1]:
+                if os.WTERMSIG(attempt(run, cfg, places, chance.randint(12, 26))) != signal.SIGKILL:
+                    sys.exit("it ended before it was killed")
+            if attempt(run, cfg, places):
                 sys.exit("it failed")
+            record = study.finished(run, cfg)
+            weights = torch.load(run.path("model.pt", cfg))["model"]
+            outcome.setdefault(run.size.family, []).append({
+                "places": list(study.read_jsonl(places)), "train_loss": record["curve"]["train_loss"],
+                "val_loss": [row["val_loss"] for row in record["rows"]],
+                "weights": {name: w.view(torch.int32).tolist() for name, w in weights.items()}})
+    print(json.dumps(outcome))
 
 
 if __name__ == "__main__":
