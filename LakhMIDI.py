@@ -5162,8 +5162,8 @@ read as a bar.</p>
 {{ table("L(N, D) = E + A / N^alpha + B / D^beta, with 95 % bootstrap intervals", tables.surfaces) }}
 {{ table("The best use of so many hours on this machine, by L(N, D)", tables.frontier) }}
 {{ picture("combined_scaling.png", "Validation loss of both families against parameters and compute") }}
-{{ picture("gpt_scaling.png", "Scaling law of the Transformers") }}
-{{ picture("lstm_scaling.png", "Scaling law of the LSTMs") }}
+{% for key, family in families.items() if key + "_scaling.png" in images %}
+{{ picture(key + "_scaling.png", "Scaling law of the " + family.label + "s") }}{% endfor %}
 <h2>Where the loss is</h2>
 {{ table("Test loss in units that compare across notations", tables.units) }}
 {{ table("Test loss by kind of character, bits per character", tables.kinds) }}
@@ -5388,7 +5388,7 @@ def report(cfg):
         results=results, evaluation=evaluation, tables=tables, knobs=cfg,
         summary=in_short(tables, evaluation, stats["works"]["leak_of_split_by_file"]),
         tunes={folder: shown_tunes(save / folder) for folder in SAMPLE_FOLDERS},
-        images={path.name: data_uri(path) for path in pictures}))
+        families=FAMILIES, images={path.name: data_uri(path) for path in pictures}))
     return [save / "report.html"]
 
 
