@@ -1,11 +1,11 @@
 """The training recipe: learning rates, nanoGPT's recipe as a rival, ablations, speed; on any device.
 
-    python benchmarks/bench_train.py DATA_ROOT                            sweep, rival, speed
+    python benchmarks/bench_train.py DATA_ROOT                            speed, rival, sweep
     python benchmarks/bench_train.py DATA_ROOT --parts ablate --seeds 3   what each part of the recipe buys
+    python benchmarks/bench_train.py DATA_ROOT --parts options            what each way of running it costs
 
 DATA_ROOT holds tokens/ as `python LakhMIDI.py --to tokenize --DATA_ROOT DATA_ROOT` writes them. Prints tables
-and appends a line for each training to benchmarks/results.jsonl. Seconds of whole trainings are those of the
-process on a CPU, where other programs would disturb the clock on the wall; all others are of that clock.
+and appends a line for each training to benchmarks/results.jsonl.
 """
 import argparse
 import contextlib
@@ -21,11 +21,9 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import LakhMIDI as study
 from LakhMIDI import Cfg
@@ -36,6 +34,7 @@ RESULTS = Path(__file__).with_name("results.jsonl")
 
 class Rival(nn.Module):
     """nanoGPT's model: learned positions, LayerNorm, GELU, tied head (https://github.com/karpathy/nanoGPT)."""
+    recurrent, kept_bytes = study.GPT.recurrent, study.GPT.kept_bytes
 
     def __init__(self, size, vocab_size, seq_len):
         super().__init__()
@@ -83,8 +82,12 @@ def rival_optimizers(model, cfg):
     """AdamW with weight decay on all matrices and tables; the second one holds the norms."""
     decayed = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    return [torch.optim.AdamW(group, lr=cfg.LR, betas=(0.9, 0.95), weight_decay=decay, fused=True)
-            for group, decay in ((decayed, 0.1), (rest, 0.0))]
+    return [adamw_group(group, cfg.LR, decay) for group, decay in ((decayed, 0.1), (rest, 0.0))]
+
+
+def adamw_group(parameters, lr, decay):
+    return torch.optim.AdamW([{"params": parameters, "peak": lr}], lr=lr, betas=(0.9, 0.95),
+                             weight_decay=decay, fused=True)
 
 
 def cosine(step, end, cfg):
@@ -99,7 +102,6 @@ def rival(lr):
     """A way to train the rival with the loop of the study. nanoGPT uses float32 on a CPU."""
     patches = {"build_model": lambda size, vocab_size, cfg: Rival(size, vocab_size, cfg.SEQ_LEN),
                "make_optimizers": rival_optimizers, "lr_scale": cosine,
-               "peak_rates": lambda size, cfg: (cfg.LR, cfg.LR),
                "count_params": lambda model: {"n_params": sum(p.numel() for p in model.parameters())}}
     if not torch.cuda.is_available():
         patches["has_bfloat16"] = lambda cfg: False
@@ -118,10 +120,9 @@ def changed_model(change):
 
 
 def adamw_for_all(model, cfg):
-    muon, adam = make_optimizers(model, cfg)
-    matrices, others = (optimizer.param_groups[0]["params"] for optimizer in (muon, adam))
-    return [torch.optim.AdamW(matrices, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
-            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    groups = [optimizer.param_groups[0] for optimizer in make_optimizers(model, cfg)]
+    return [adamw_group(group["params"], group["peak"], decay)
+            for group, decay in zip(groups, (0.1, 0.0), strict=True)]
 
 
 class PositionedEmbedding(nn.Embedding):
@@ -210,35 +211,52 @@ ABLATIONS = [
 ]
 
 
-def clock():
-    return time.monotonic() if torch.cuda.is_available() else time.process_time()
+class EnoughSteps(Exception):
+    pass
 
 
-def new_trainer(cfg, run=None):
-    """A trainer of the study for `run`, or for the first model of its ladder."""
-    vocab = study.read_vocab(cfg)
-    data = np.memmap(cfg.tokens_root / "train.bin", vocab.dtype, "r")
-    with patch.object(study, "run_recipe", lambda run, cfg: "benchmark"):
-        return study.Trainer(run or study.planned_runs(cfg)[0], vocab, cfg, data)
+class Bar:
+    """Stands for the progress bar of a training; ends it after so many steps."""
+
+    def __init__(self, steps):
+        self.left = steps
+
+    def update(self, work):
+        self.left -= work > 0  # the first update tells of steps that an earlier process made
+        if self.left < 0:
+            raise EnoughSteps
+
+    def set_postfix_str(self, *args):
+        pass
 
 
-def train_once(args, part, label, model, seed=1, **knobs):
-    """One training with one decay at its end, by the loop of the study; returns its row."""
-    with tempfile.TemporaryDirectory() as folder, tqdm(disable=True) as bar:
+def train_once(args, part, label, model, seed=1, steps=math.inf, **knobs):
+    """One training with one decay at its end, by the loop of the study, or its first steps; returns its row.
+
+    The rate is the median of what the loop measured; seconds are those of the process on a CPU, where other
+    programs would disturb the clock on the wall, on CUDA those of all steps at that rate.
+    """
+    with tempfile.TemporaryDirectory() as folder:
         cfg = Cfg(**{"DATA_ROOT": args.data_root, "SAVE_DIR": folder, "SEED": seed, "BUDGETS": (1.0,),
                      "SAVE_EVERY_S": 1e9, "TRAIN_TOKENS_TARGET": args.tokens, "MODELS": (model,), **knobs})
-        trainer = new_trainer(cfg)
-        if cfg.DEVICE == "cuda":  # compiles; the weights stay as they are
-            starts = np.zeros(cfg.batch, np.int64)
-            trainer.gradients(study.windows(trainer.train_data, starts, cfg.SEQ_LEN + 1, cfg.DEVICE)).item()
-        began, seconds, loss = clock(), math.inf, math.inf
-        with contextlib.suppress(study.Diverged):
-            study.train_leg(trainer, cfg.steps, cfg.steps, bar)
-            seconds = clock() - began
-            loss = trainer.result(study.read_tokens("val", trainer.vocab, cfg))["val_loss"]
-        row = {"part": part, "label": label, "model": model, "seed": seed,
-               "tokens": cfg.TRAIN_TOKENS_TARGET, "knobs": knobs, "val_loss": loss,
-               "seconds": round(seconds, 2), "device": study.device_name(cfg)}
+        run, vocab = study.planned_runs(cfg)[0], study.read_vocab(cfg)
+        began, wall, loss = time.process_time(), time.monotonic(), math.inf
+        with contextlib.suppress(study.Diverged, EnoughSteps):
+            study.train_model(run, vocab, cfg, Bar(steps))
+            loss = study.finished(run, cfg)["rows"][-1]["val_loss"]
+        seconds, wall = time.process_time() - began, time.monotonic() - wall
+        log = list(study.read_jsonl(run.path("log.jsonl", cfg)))
+        rate = statistics.median(point["tokens_per_s"] for point in log)
+        with torch.device("meta"):
+            flops = study.build_model(run.size, len(vocab.chars), cfg).flops_per_token()
+    if cfg.DEVICE == "cuda":
+        seconds = log[-1]["tokens"] / rate
+    peak = study.peak_flops(cfg)
+    row = {"part": part, "label": label, "model": run.name, "seed": seed, "tokens": log[-1]["tokens"],
+           "knobs": knobs, "val_loss": loss if loss < math.inf else None, "seconds": round(seconds, 2),
+           "tokens_per_s": rate, "flops_per_s": rate * flops, "of_peak": peak and rate * flops / peak,
+           "train_loss": log[-1]["train_loss"], "wall": round(wall, 1), "device": study.device_name(cfg),
+           "gb": torch.cuda.max_memory_allocated() / 1e9 if cfg.DEVICE == "cuda" else None}
     record(row)
     return row
 
@@ -265,7 +283,7 @@ def sweep(args):
 
 
 def mean_loss(rows):
-    return statistics.mean(row["val_loss"] for row in rows)
+    return statistics.mean(row["val_loss"] or math.inf for row in rows)
 
 
 def mean_change(rows, base):
@@ -295,26 +313,14 @@ def compare(args):
         print(f"  {name:10s} {step_ratio(args, name):.2f}", flush=True)
 
 
-def step_seconds(trainer):
-    """Seconds of a step; on CUDA the mean of ten, as the training doesn't wait for each of them either."""
-    steps, began = 10 if torch.cuda.is_available() else 1, time.monotonic()
-    for _ in range(steps):
-        loss = trainer.train_step(0.1)
-    loss.item()
-    return (time.monotonic() - began) / steps
-
-
-def step_ratio(args, model, rounds=40):
-    """Time of a step of the rival over that of the study, taken in turn: both meet the same machine."""
-    ways, trainers, times = [(nothing(), {}), rival(1e-3)], [], ([], [])
-    for way, knobs in ways:
-        with way:
-            trainers.append(new_trainer(Cfg(DATA_ROOT=args.data_root, MODELS=(model,), **knobs)))
-    for i in range(rounds + 2):
-        for (way, _), trainer, seconds in zip(ways, trainers, times, strict=True):
-            with way:
-                seconds += [step_seconds(trainer)] * (i >= 2)
-    return statistics.median(times[1]) / statistics.median(times[0])
+def step_ratio(args, model, rounds=5):
+    """Rate of the study over that of the rival, both trained in turn so that they meet the same machine."""
+    rates = ([], [])
+    for _ in range(rounds):
+        for (patched, knobs), found in zip([(nothing(), {}), rival(1e-3)], rates, strict=True):
+            with patched:
+                found.append(train_once(args, "ratio", "", model, steps=30, **knobs)["tokens_per_s"])
+    return statistics.median(rates[0]) / statistics.median(rates[1])
 
 
 def ablate(args):
@@ -335,47 +341,86 @@ def ablate(args):
             print(f"  {label:26s} {mean_loss(rows):.4f} {change:>7s} {spread:.2f}", flush=True)
 
 
+HEADER = (f"{'':34s} {'char/s':>10s} {'TFLOP/s':>8s} {'of peak':>8s} {'GB':>5s} {'start, s':>8s} "
+          f"{'whole run, s':>12s} {'loss':>7s}")
+
+
+def speed_line(args, label, model, **knobs):
+    """Trains for a while and prints a line of HEADER; the start is compiling and the first steps."""
+    cuda = torch.cuda.is_available()
+    knobs = {"TRAIN_TOKENS_TARGET": 0, **knobs}  # the steps between two lines of the log are the study's
+    row = train_once(args, "speed", label, model, steps=args.steps or (120 if cuda else 40), **knobs)
+    start = row["wall"] - row["tokens"] / row["tokens_per_s"]
+    whole = start + Cfg().TRAIN_TOKENS_TARGET / row["tokens_per_s"]
+    print(f"{row['model'] + ' ' + label:34s} {row['tokens_per_s']:10,.0f} {row['flops_per_s'] / 1e12:8.3f} "
+          f"{row['of_peak'] or math.nan:8.1%} {row['gb'] or math.nan:5.2f} {start:8.1f} {whole:12.0f} "
+          f"{row['train_loss']:7.4f}", flush=True)
+    return whole
+
+
 def speed(args):
-    """Tokens per second, FLOP/s, share of peak and memory of every model of the study's ladder."""
-    cfg, total = Cfg(DATA_ROOT=args.data_root), 0.0
-    print(f"\n{study.device_name(cfg)}, {cfg.BATCH_TOKENS:,} characters per step\n"
-          f"{'model':10s} {'char/s':>10s} {'TFLOP/s':>8s} {'of peak':>8s} {'GB':>5s} {'first step':>10s} "
-          f"{'whole run':>9s}")
-    for run in study.planned_runs(cfg):
-        if cfg.DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        trainer = new_trainer(cfg, run)
-        began = time.monotonic()
-        trainer.train_step(0.1).item()
-        first = time.monotonic() - began  # with compiling
-        rates = []
-        for _ in range(20):
-            rates.append(cfg.BATCH_TOKENS / step_seconds(trainer))
-        rate, peak = statistics.median(rates), study.peak_flops(cfg)
-        flops = rate * trainer.model.flops_per_token()
-        whole = first + study.steps_with_branches(cfg) * cfg.BATCH_TOKENS / rate
-        total += whole
-        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if cfg.DEVICE == "cuda" else "-"
-        share = f"{flops / peak:.1%}" if peak else "-"
-        print(f"{run.name:10s} {rate:10,.0f} {flops / 1e12:8.3f} {share:>8s} {memory:>5s} {first:8.1f} s "
-              f"{whole:7.0f} s", flush=True)
-        record({"part": "speed", "model": run.name, "tokens_per_s": rate, "flops_per_s": flops,
-                "share_of_peak": peak and flops / peak, "peak_memory_gb": memory, "first_step_s": first,
-                "run_s": whole, "device": study.device_name(cfg)})
-    print(f"all models with all branches: {total / 60:.1f} minutes")
+    """Characters per second, share of peak and memory of every model of the study's ladder."""
+    cfg = Cfg(DATA_ROOT=args.data_root)
+    print(f"\n{study.device_name(cfg)}, {cfg.BATCH_TOKENS:,} characters per step\n{HEADER}")
+    total = sum(speed_line(args, "", size.name) for size in cfg.MODELS)
+    print(f"the whole ladder at one budget: {total / 60:.1f} minutes, one model after the other")
+
+
+def changed_training(change):
+    """Trains by a Training that `change` has altered."""
+    class Changed(study.Training):
+        def __init__(self, *args):
+            super().__init__(*args)
+            change(self)
+    return patch.object(study, "Training", Changed)
+
+
+def without_graph(t):
+    t.graphed = False
+
+
+def without_compiling(t):
+    t.loss_of = t.plain_loss
+
+
+# (label, families, how, knobs): ways to run the same training
+OPTIONS = [
+    ("as it is", "gpt lstm", nothing, {}),
+    ("no CUDA graph", "gpt lstm", lambda: changed_training(without_graph), {}),
+    ("not compiled", "gpt", lambda: changed_training(without_compiling), {}),
+    ("neither", "gpt lstm", nothing, {"COMPILE": False}),
+    ("8 windows a pass", "gpt lstm", nothing, {"MICRO_TOKENS": 8 * 1024}),
+    ("16 windows a pass", "gpt lstm", nothing, {"MICRO_TOKENS": 16 * 1024}),
+    ("32 windows a pass", "gpt lstm", nothing, {"MICRO_TOKENS": 32 * 1024}),
+    ("512 wide", "lstm_5M", nothing, {"MODELS": (("lstm", "5M", 2, 512),)}),
+    ("1,024 wide", "lstm_20M", nothing, {"MODELS": (("lstm", "20M", 2, 1024),)}),
+    ("6 layers, 1,024 wide", "lstm_50M", nothing, {"MODELS": (("lstm", "50M", 6, 1024),)}),
+]
+
+
+def options(args):
+    """What each way of running it costs in time and memory; --only chooses among them."""
+    print(f"\n{study.device_name(Cfg())}\n{HEADER}")
+    for model in args.models:
+        for label, models, how, knobs in OPTIONS:
+            chosen = any(text in label for text in args.only.split(","))
+            if chosen and any(name in (model, model.split("_")[0]) for name in models.split()):
+                with how():
+                    speed_line(args, label, model, **knobs)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("data_root")
-    parser.add_argument("--parts", default="sweep,rival,speed", help="of sweep, rival, speed, ablate")
+    parser.add_argument("--parts", default="speed,rival,sweep", help="and ablate, options")
     parser.add_argument("--models", help="names from the ladder; default: two of each family, far apart")
     parser.add_argument("--tokens", type=int, default=0, help="per training; 0 = the study's, on CUDA 20 M")
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--first_seed", type=int, default=1)
     parser.add_argument("--knobs", default="LR,LR_ADAM", help="learning rates to sweep")
     parser.add_argument("--factors", default="0.5,2", help="of the learning rates")
-    parser.add_argument("--only", default="", help="ablations whose name holds one of these texts")
+    parser.add_argument("--only", default="", help="ablations or options whose name holds one of these texts")
+    parser.add_argument("--steps", type=int, default=0, help="of speed and options; 0 = 40, on CUDA 120")
     parser.add_argument("--rival_lrs", default="0.001,0.002,0.004,0.008")
     args = parser.parse_args()
     if not Path(args.data_root, "tokens", "vocab.json").exists():
@@ -387,7 +432,7 @@ def main():
     args.factors, args.rival_lrs = (list(map(float, x.split(","))) for x in (args.factors, args.rival_lrs))
     args.seed_list = range(args.first_seed, args.first_seed + args.seeds)
     for part in args.parts.split(","):
-        {"sweep": sweep, "rival": compare, "ablate": ablate, "speed": speed}[part](args)
+        {"sweep": sweep, "rival": compare, "ablate": ablate, "speed": speed, "options": options}[part](args)
 
 
 if __name__ == "__main__":
