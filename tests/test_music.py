@@ -292,7 +292,7 @@ def test_a_prompt_may_be_text_an_abc_or_a_midi_file(tmp_path):
     assert whole.startswith(prompt) and prompt.endswith("|\n") and study.read_abc(prompt).n_bars == 8
     assert study.read_abc(study.read_prompt(str(tmp_path / "mine.mid"), Cfg(), bars=99)).n_bars == 15
     (tmp_path / "other.abc").write_text("X:1\nT:A title\nM:2/4\nL:1/8\nK:G\nGABc|d2BG|ABcA|G4|]\n")
-    assert study.read_prompt(str(tmp_path / "other.abc"), Cfg()).endswith("[V:1]d2BG|\n[V:1]ABcA|\n")
+    assert study.read_prompt(str(tmp_path / "other.abc"), Cfg()).endswith("d2BG|\nABcA|\n")
     assert study.read_prompt("X:1\\nL:1/8", Cfg()) == "X:1\nL:1/8"
     (tmp_path / "bad.mid").write_bytes(b"no music")
     for bad in ("bad.mid", "missing.mid", "score.musicxml", "song.mid.gz"):
