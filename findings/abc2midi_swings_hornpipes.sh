@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# abc2midi 5.02 changes the rhythm of a tune because its R: field says hornpipe.
+# Expected: R: is a description; equal eighths stay equal and C<D is short-long, as in abcjs 6.7.2 and lytk
+#     0.6.4.
+# Happens: CD, C>D and even C<D all come out as long-short, 2:1.
+# Source: the documentation of abcMIDI mentions the hornpipe's rhythm; that C<D is turned round was seen in
+#     the program.
+# For a user: 464 of the 12,978 tunes that music21 brings are hornpipes: a corpus made with abc2midi holds a
+#     player's habit where the writer wrote notes. R: is taken out before the program sees the text.
+set -euo pipefail
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+packages=${FINDINGS_PACKAGES:-$work}  # set it to keep the packages for the next script
+mkdir -p "$packages" && packages=$(cd "$packages" && pwd)
+[ -d "$packages/venv" ] || python3 -m venv "$packages/venv"
+"$packages/venv/bin/pip" install -q --disable-pip-version-check \
+    symusic==0.6.0 numpy==2.4.6 mido==1.3.3 lytk==0.6.4
+[ -d "$packages/node_modules/abcjs" ] ||
+    npm install --silent --no-audit --no-fund --prefix "$packages" abcjs@6.7.2
+cd "$work"
+PACKAGES=$packages "$packages/venv/bin/python" - <<'PY'
+import json
+import os
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import lytk
+import mido
+import symusic
+
+PACKAGES = os.environ["PACKAGES"]
+
+
+def notes(path):
+    """The notes of a MIDI file as (onset, pitch, length, channel); times in quarter notes."""
+    found, midi = [], mido.MidiFile(path)
+    for track in midi.tracks:
+        tick, started = 0, {}
+        for event in track:
+            tick += event.time
+            if event.type == "note_on" and event.velocity:
+                started.setdefault((event.channel, event.note), []).append(tick)
+            elif event.type in ("note_on", "note_off") and started.get((event.channel, event.note)):
+                start = started[event.channel, event.note].pop(0)
+                onset, length = start / midi.ticks_per_beat, (tick - start) / midi.ticks_per_beat
+                found.append((round(onset, 2), event.note, round(length, 2), event.channel + 1))
+    return sorted(found)
+
+
+program = Path("abc2midi")  # the wheel's copy need not be executable
+program.write_bytes((Path(symusic.__file__).parent / "bin/abc2midi").read_bytes())
+program.chmod(0o755)
+
+
+def abc2midi(text):
+    """What abc2midi says about a text, and the notes of the file that it writes."""
+    Path("tune.abc").write_text(text)
+    run = subprocess.run(["./abc2midi", "tune.abc", "-o", "tune.mid"], capture_output=True, text=True)
+    return run.stdout, notes("tune.mid")
+
+
+def lytk_notes(text):
+    """The notes that lytk reads in an ABC text, by way of its own MIDI file."""
+    Path("lytk.mid").write_bytes(bytes(lytk.to_midi_bytes(lytk.from_abc_string(text))))
+    return notes("lytk.mid")
+
+
+ABCJS = "abcjs " + json.loads(Path(PACKAGES, "node_modules/abcjs/package.json").read_text())["version"]
+PLAY = """
+const abcjs = require("abcjs"), text = require("fs").readFileSync(0, "utf8");
+const tracks = abcjs.parseOnly(text)[0].setUpAudio({chordsOff: true}).tracks;
+console.log(JSON.stringify(tracks.flatMap(track => track.filter(event => event.cmd == "note"))));
+"""
+
+
+def abcjs(text):
+    """The notes that abcjs hands to its synthesizer as (onset, pitch, length, program)."""
+    run = subprocess.run(["node", "-e", PLAY], input=text, capture_output=True, text=True, check=True,
+                         cwd=PACKAGES)
+    return sorted((round(4 * event["start"], 2), event["pitch"], round(4 * event["duration"], 2),
+                   event.get("instrument", 0)) for event in json.loads(run.stdout))
+
+
+print(abc2midi("X:1\nL:1/8\nK:C\nC\n")[0].splitlines()[0], "(inside symusic", version("symusic") + ")")
+print("lytk", version("lytk"), "and", ABCJS + "; onset of the second note of each pair, in quarters")
+found = {}
+for rhythm in ("hornpipe", "reel"):
+    for pair in ("CD", "C>D", "C<D"):
+        text = f"X:1\nM:4/4\nL:1/8\nR:{rhythm}\nK:C\n{pair}{pair} {pair}{pair}|\n"
+        found[rhythm, pair] = [rows[1][0] for rows in (abc2midi(text)[1], lytk_notes(text), abcjs(text))]
+        print(rhythm, pair, dict(zip(("abc2midi", "lytk", "abcjs"), found[rhythm, pair])))
+for pair, plain in (("CD", .5), ("C>D", .75), ("C<D", .25)):
+    assert found["reel", pair] == [plain] * 3 and found["hornpipe", pair] == [.67, plain, plain]
+PY
