@@ -717,28 +717,28 @@ def read_archive(path, cfg):
 # hornpipes, fermatas and chord names add what no one wrote (8 % of the bundled tunes come out changed); JUNK
 # takes them out before. And it loses bar lines: a pick-up stands at tick 0 (68 % of the tunes), a change of
 # metre behind a rest comes too early and inside repeats is not set back. Only tempi always come in time: so
-# mark_bars writes one of its own before each bar, which tells time_signatures what was played when.
+# mark_bars writes one of its own before each bar, which tells with_bars what was played when.
 
-KEPT = (r"(?:[KLMQV]:(?![|:])[^\n]*\n|P: *(?:[A-Z]\d?[. ]*)+(?:%[^\n]*)?\n"  # lines that concern the notes
-        r"|%%MIDI +(?:program|channel|r?transpose|c|voice|drummap)\b[^\n]*\n)")
+# (No pattern may take more than linear time: [^][] and {0,20} where * would do.)
+KEPT = (r"(?:[KLMQV]:(?![|:]).*\n|P: ?(?:[A-Z]\d?[. ]*)+(?:%.*)?\n"  # lines that concern the notes
+        r"|%%MIDI (?:program|channel|r?transpose|c|voice|drummap|nobarlines)\b.*\n)")
 JUNK = re.compile(
-    rf"(^{KEPT}|\[[KLMPQV]:[^]\n]*\])"  # stays; all below goes
-    r"|^(?:[H-Zh-z+]:(?![|:])|[A-Ga-g]:(?=[^|:\n]*$)|%)[^\n]*\n|\[[A-Za-z]:[^]\n]*\]"  # other fields
-    r"|%[^\n]*|\"[^\"\n]*\"?|\{[^}\n]*\}?"  # comments, chord names, grace notes
-    r"|!(?:[^\s|!]*[h-y.<>()][^\s|!]*|f+)!|\+[a-z.]*[h-wy][a-z.]*\+"  # ornaments: !trill! or +trill+
-    r"|[~.`\\$*!@;yH-WYh-w]", re.M)  # those of one letter, and ! as a line break
+    rf"(^{KEPT}|\[[KLMPQV]:[^][\n]*\])"  # stays; all below goes
+    r"|^(?:[H-Zh-z+]:(?![|:])|[A-Ga-g]:(?=[^|:\n]*$)|%).*\n|\[[A-Za-z]:[^][\n]*\]"  # other fields
+    r"|%.*|\"[^\"\n]*\"?|\{[^}\n]*\}?"  # comments, chord names, grace notes
+    r"|!(?:[^\s|!]{0,20}[h-y.<>()][^\s|!]{0,20}|f+)!|\+[a-z.]{0,20}[h-wy][a-z.]{0,20}\+"  # !trill! or +trill+
+    r"|[~.`\\$*!@;yH-WYh-w]|^\s*\n", re.M)  # other ornaments, ! as a line break, empty lines
 SIGN = re.compile(  # a field, or a bar line with the number of its ending; between them is music
-    rf"(^{KEPT}|\[[A-Z]:[^]\n]*\]"
-    r"|(?:\[?\|[|:\]]*|:+\|[|:\]]*|(?<!\(\d)::)(?:[ \t]*\[?\d+(?:[,-]\d+)*)?|\[\d+(?:[,-]\d+)*)", re.M)
-NO_NOTES = re.compile(  # a second, plainer opinion, for count_notes
-    r"^(?:[A-Za-z+]:(?![|:])|%).*|\"[^\"\n]*\"|\{[^}\n]*\}|\[[A-Za-z]:[^]\n]*\]|%.*|![^\s|!]*[h-y]\S*?!",
-    re.M)
+    rf"(^{KEPT}|\[[A-Z]:[^][\n]*\]"
+    r"|(?:\[?\|[|:\]]*|:{1,4}\|[|:\]]*|(?<!\(\d)::)(?: ?\[?\d+(?:[,-]\d+)*)?|\[\d+(?:[,-]\d+)*)", re.M)
+NO_NOTES = re.compile(  # a second, plainer opinion of what is no note
+    r"^(?:[A-Za-z+]:(?![|:])|%).*|\"[^\"\n]*\"|\{[^{}\n]*\}|\[[A-Za-z]:[^][\n]*\]|%.*"
+    r"|![^\s|!]{0,20}[h-y][^\s|!]{0,20}!", re.M)
 TAG = re.compile(  # HTML, but not the broken rhythm of a<b c>d
     r"<(?:!|/ ?\w|(?:br|hr|p|i|u|em|tt|pre|div|span|font|strong|html|head|body|table|tr|td)\b"
-    r"|\w+\s[^<>|]*=\s*[\"'])[^<>]*>\n?", re.I)
-TEXT_BLOCK = re.compile(r"^%%begin(\w+).*?^%%end\1[^\n]*\n", re.M | re.S)
+    r"|\w{1,9} [^<>|]*= ?[\"'])[^<>]*>\n?|^%%begin.*\n(?:(?!%%).*\n)*", re.I | re.M)
 SHARED_LINE = re.compile(  # K:G |:GABc|
-    r"^([KLM]: *(?:\d+/\d+|C\|?|[A-G][#b]?(?: ?(?:m|maj|min|dor|mix|phr|lyd|loc|aeo|ion)[a-z]*)?)) +(?=.*\|)",
+    r"^([KLM]: ?(?:\d+/\d+|C\|?|[A-G][#b]?(?: ?(?:m|maj|min|dor|mix|phr|lyd|loc|aeo|ion)[a-z]*)?)) (?=.*\|)",
     re.M | re.I)
 QUARTER = 480  # abc2midi's ticks
 FIRST_MARK = 200  # quarter notes a minute in the mark of the first bar, one more in each that follows
@@ -752,27 +752,22 @@ class Bar(NamedTuple):
     seam: bool  # behind a repeat sign, a double bar or the beginning of an ending
     notes: int
 
-
-def decoded(data):
-    """Bytes of a text file -> str."""
-    codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    if b"\0" in data[:2]:
-        codec = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
-    try:
-        return data.decode(codec)
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
+    @property
+    def ticks(self):
+        """How long it should be."""
+        return self.metre[0] * 4 * QUARTER // self.metre[1] if self.metre else 0
 
 
-def plain_text(text):
-    """Text without HTML, text blocks and control characters, each field on a line of its own."""
-    text = "\n".join([*text.splitlines(), ""])
+def plain_text(data):
+    """Text, or bytes of it, without HTML and control characters, with each field on a line of its own."""
+    if isinstance(data, bytes):
+        data = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
+    text = "\n".join([*re.sub("[ \t]+", " ", data).splitlines(), ""])
+    text = "".join(char for char in text if char == "\n" or char.isprintable())
     for _ in range(2):  # &amp;quot; happens. Without a semicolon it is music: &deg, a voice
         text = re.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), text)
-    text = TEXT_BLOCK.sub("", TAG.sub("\n", text)).replace("\t", " ")
-    text = "".join(char for char in text if char == "\n" or char.isprintable())
-
-    text = re.sub(r"^[A-Z]:.* K:.*", lambda line: re.sub(" +(?=[A-Z]:)", "\n", line[0]), text, flags=re.M)
+    text = TAG.sub("\n", text)
+    text = re.sub(r"^[A-Z]:.* K:.*", lambda line: re.sub(" (?=[A-Z]:)", "\n", line[0]), text, flags=re.M)
     return SHARED_LINE.sub(r"\1\n", text)
 
 
@@ -796,7 +791,7 @@ def tempo_of(text, before):
 def count_notes(music):
     """The notes in some ABC, tied ones counted once."""
     music = NO_NOTES.sub("", music)
-    tied = "".join(re.findall(r"(\[[^]|\n]*\]|[A-Ga-g])[,'\d/]*\s?-", music))
+    tied = "".join(re.findall(r"(\[[^][|\n]*\]|[A-Ga-g])[,'\d/]*\s?-", music))
     return len(re.findall("[A-Ga-g]", music)) - len(re.findall("[A-Ga-g]", tied))
 
 
@@ -805,7 +800,7 @@ def mark_bars(text):
     out, bars = ["X:1\n%%MIDI chordattack 0\n"], []
     metre, tempo, seam, ended = (4, 4), 120, True, True
     for i, token in enumerate(SIGN.split(text)):
-        letter, value = token.lstrip("[")[:1], token.partition(":")[2].rstrip("]\n")
+        letter, value = token.lstrip("[")[:1], token.partition(":")[2].rstrip("]\n")[:80]
         if i % 2 == 0:
             if ended and re.search("[A-Ga-gxzXZ]", token):
                 out.append(f" [Q:1/4={FIRST_MARK + len(bars)}]")
@@ -826,83 +821,51 @@ def mark_bars(text):
     return "".join(out), bars
 
 
-def metre_ticks(metre):
-    return metre[0] * 4 * QUARTER // metre[1] if metre else 0
-
-
 def metre_for(ticks, metre):
     """The metre of a bar of that length, in the notes of `metre` if it can be; else `metre`, or 4/4."""
     metre = metre or (4, 4)
     for den in (metre[1], 4, 8, 16, 32):
         num, left = divmod(ticks * den, 4 * QUARTER)
-        if not left and 0 < num < 100:
+        if not left and 0 < ticks <= 16 * QUARTER:
             return num, den
     return metre
 
 
 def time_signatures(played, end):
-    """[(tick, Bar)] in the order of playing, tick of the end -> (ticks of rest before the pick-up, [(tick,
-    numerator, denominator)]).
+    """[(tick, Bar)] as played, tick of the end -> (ticks of rest before the pick-up, [(tick, num, den)]).
 
     A short bar before a seam and the pick-up behind it are one bar; others are as long as they were written.
     """
     bars = played[:1]
     for (start, bar), (stop, _) in itertools.pairwise([*played[1:], (end, None)]):
         begun, before = bars[-1]
-        if not (bar.seam and start - begun < metre_ticks(before.metre) == stop - begun):
+        if not (bar.seam and start - begun < before.ticks == stop - begun):
             bars.append((start, bar))
     lengths = np.diff([start for start, _ in bars] + [end]).tolist()
 
     second = lengths[1 % len(bars)]
-    rest = (metre_ticks(bars[0][1].metre) or second) - lengths[0] if lengths[0] < second else 0
-    rest = max(0, rest)
+    rest = max(0, (bars[0][1].ticks or second) - lengths[0]) if lengths[0] < second else 0
+    bars[0] = -rest, bars[0][1]
     lengths[0] += rest
 
     signs = []
-    for i, ((start, bar), length) in enumerate(zip(bars, lengths, strict=True)):
-        whole = metre_ticks(bar.metre)
-        silent = whole and not bar.notes and length % whole == 0  # Z4: four bars
-        last = i == len(bars) - 1 and length < whole
-        metre = bar.metre if length == whole or silent or last else metre_for(length, bar.metre)
+    for (start, bar), length in zip(bars, lengths, strict=True):
+        silent = bar.ticks and not bar.notes and length % bar.ticks == 0  # Z4: four bars
+        last = start + length == end and length < bar.ticks
+        metre = bar.metre if length == bar.ticks or silent or last else metre_for(length, bar.metre)
         if not signs or metre != signs[-1][1:]:
-            signs.append((start + rest * (i > 0), *metre))
+            signs.append((start + rest, *metre))
     return rest, signs
 
 
-def foreign_abc_to_midi(text, program):
-    """A tune in anyone's ABC -> bytes of a MIDI file: its notes as they are written, its bars as they are
-    played. `program` is that of abc2midi_program. Raises Skip, UserError.
-    """
-    head, *rest = re.split(r"^(K:.*\n)\s*", text, maxsplit=1, flags=re.M)
-    if not rest:
-        raise Skip("no K: field")
-    music = re.split(r"\n\s*\n", rest[1], maxsplit=1)[0] + "\n"  # an empty line ends a tune
-    fields = "".join(re.findall(f"^{KEPT}", head, re.M)) + rest[0]
-    marked, bars = mark_bars(fields + JUNK.sub(r"\1", music))
-    notes = sum(bar.notes for bar in bars)
-    if not notes or len(bars) > MAX_BARS:
-        raise Skip(f"more than {MAX_BARS:,} bars" if notes else "no music")
-
-    score = symusic.Score.from_midi(run_abc2midi(program, marked.encode()))
-    marks = {tempo.time: round(6e7 / tempo.mspq) - FIRST_MARK for tempo in score.tempos}
-    played = [(tick, mark) for tick, mark in sorted(marks.items()) if 0 <= mark < len(bars)]
-    played = [(tick - played[0][0], mark) for tick, mark in played]  # a tick late if there is one voice
-    turns = Counter(mark for _, mark in played)
-    expected = sum(bar.notes * max(1, turns[mark]) for mark, bar in enumerate(bars))
-    if not played or score.note_num() < 0.9 * expected * count_notes(music) / notes:
-        raise Skip("notes lost")
-    return with_bars(score, [(tick, bars[mark]) for tick, mark in played])
-
-
 def with_bars(score, played):
-    """What abc2midi made of marked ABC, [(tick, Bar)] -> bytes of a MIDI file with the metres and tempi of
-    the tune, and a rest before its pick-up.
+    """What abc2midi made of marked ABC, [(tick, Bar)] as played -> bytes of a MIDI file with the tune's own
+    metres and tempi, and a rest before its pick-up.
     """
     rest, signs = time_signatures(played, score.end())
-    score = score.shift_time(rest - 1)  # abc2midi begins everything a tick late
-    score.key_signatures.clear()
-    score.time_signatures.clear()
-    score.tempos.clear()
+    score = score.shift_time(rest - 1)  # abc2midi begins notes a tick late
+    for changes in (score.key_signatures, score.time_signatures, score.tempos):
+        changes.clear()
     score.time_signatures.extend([symusic.TimeSignature(*sign) for sign in signs])
     tempo = None
     for tick, bar in played:
@@ -910,6 +873,29 @@ def with_bars(score, played):
             score.tempos.append(symusic.Tempo(tick + rest if tempo else 0, qpm=float(bar.tempo)))
         tempo = bar.tempo
     return score.dumps_midi()
+
+
+def foreign_abc_to_midi(text, program):
+    """A tune in anyone's ABC -> bytes of a MIDI file: its notes as they are written, its bars as they are
+    played. `program` is that of abc2midi_program. Raises Skip, UserError.
+    """
+    head, *rest = re.split(r"^(K:.*\n)\s*", plain_text(text), maxsplit=1, flags=re.M)
+    if not rest:
+        raise Skip("no K: field")
+    music = re.split(r"\n\s*\n", rest[1], maxsplit=1)[0] + "\n"  # an empty line ends a tune
+    marked, bars = mark_bars("".join(re.findall(f"^{KEPT}", head, re.M)) + rest[0] + JUNK.sub(r"\1", music))
+    notes = sum(bar.notes for bar in bars)
+    if not notes or len(bars) > MAX_BARS:
+        raise Skip(f"more than {MAX_BARS:,} bars" if notes else "no music")
+
+    score = symusic.Score.from_midi(run_abc2midi(program, marked.encode()))
+    marks = {tempo.time: round(6e7 / tempo.mspq) - FIRST_MARK for tempo in score.tempos}
+    played = [(tick, mark) for tick, mark in sorted(marks.items()) if 0 <= mark < len(bars)]
+    turns = Counter(mark for _, mark in played)
+    expected = sum(bar.notes * max(1, turns[mark]) for mark, bar in enumerate(bars))
+    if not played or score.note_num() < 0.9 * expected * count_notes(music) / notes:
+        raise Skip("notes lost")
+    return with_bars(score, [(tick - played[0][0], bars[mark]) for tick, mark in played])
 
 
 def read_foreign(path):
@@ -920,8 +906,7 @@ def read_foreign(path):
     need(path.stat().st_size <= MAX_FILE_BYTES, f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB")
     if path.suffix.lower() != ".abc":
         return path.read_bytes()
-
-    tunes = re.split("^(?=X:)", plain_text(decoded(path.read_bytes())), flags=re.M)
+    tunes = re.split("^(?=X:)", plain_text(path.read_bytes()), flags=re.M)
     tunes = [tune for tune in tunes if re.search("^K:", tune, re.M)]
     need(tunes, f"{path} holds no tune: in ABC a line that begins with K: stands before the music")
     if len(tunes) > 1:
@@ -931,32 +916,6 @@ def read_foreign(path):
             return foreign_abc_to_midi(tunes[0], program)
     except Skip as reason:
         raise UserError(f"{path} can't be read as a tune: {reason}") from reason
-
-
-def abc_members(tunes, text_of, cfg):
-    """(name, function that makes its MIDI file) of each [(name, what text_of takes)], in the order of their
-    rank. Threads make beforehand the first MAX_MIDI_FILES, which will be used.
-    """
-    tunes = sorted(tunes, key=lambda tune: rank(tune[0]))
-    with abc2midi_program() as program, ThreadPool(2 * cfg.WORKERS) as pool:  # threads mostly wait
-
-        def make(source):
-            return foreign_abc_to_midi(plain_text(text_of(source)), program)
-
-        jobs = [pool.apply_async(make, [source]) for _, source in tunes[:cfg.MAX_MIDI_FILES or None]]
-        for i, (name, source) in enumerate(progress(tunes, "extract", unit="tune")):
-            yield name, jobs[i].get if i < len(jobs) else functools.partial(make, source)
-
-
-def folk_tunes():
-    """[(name, bytes)] of the tunes of the books bundled with music21."""
-    corpus = Path(importlib.util.find_spec("music21").origin).parent / "corpus"  # an import takes seconds
-    tunes = {}
-    for book in (path for folder in FOLK_BOOKS for path in (corpus / folder).glob("*.abc")):
-        for tune in re.split(rb"^(?=X:)", book.read_bytes(), flags=re.M)[1:]:
-            number = int(re.match(rb"X:\s*(\d+)", tune)[1])
-            tunes[f"{book.parent.name}/{book.stem}_{number:04d}.mid"] = tune
-    return list(tunes.items())
 
 
 @contextlib.contextmanager
@@ -990,6 +949,32 @@ def hear_abc(program, abc, timeout_s=20):
         return midi.read_bytes(), done.stdout.decode("utf-8", "replace")
 
 
+def abc_members(tunes, text_of, cfg):
+    """(name, function that makes its MIDI file) of each [(name, what text_of takes)], in the order of their
+    rank. Threads make beforehand the first MAX_MIDI_FILES, which will be used.
+    """
+    tunes = sorted(tunes, key=lambda tune: rank(tune[0]))
+    with abc2midi_program() as program, ThreadPool(2 * cfg.WORKERS) as pool:  # threads mostly wait
+
+        def make(source):
+            return foreign_abc_to_midi(text_of(source), program)
+
+        jobs = [pool.apply_async(make, [source]) for _, source in tunes[:cfg.MAX_MIDI_FILES or None]]
+        for i, (name, source) in enumerate(progress(tunes, "extract", unit="tune")):
+            yield name, jobs[i].get if i < len(jobs) else functools.partial(make, source)
+
+
+def folk_tunes():
+    """[(name, bytes)] of the tunes of the books bundled with music21."""
+    corpus = Path(importlib.util.find_spec("music21").origin).parent / "corpus"  # an import takes seconds
+    tunes = {}
+    for book in (path for folder in FOLK_BOOKS for path in (corpus / folder).glob("*.abc")):
+        for tune in re.split(rb"^(?=X:)", book.read_bytes(), flags=re.M)[1:]:
+            number = int(re.match(rb"X:\s*(\d+)", tune)[1])
+            tunes[f"{book.parent.name}/{book.stem}_{number:04d}.mid"] = tune
+    return list(tunes.items())
+
+
 # --- The Session: the dump at https://github.com/adactio/TheSession-data, or what its pages answer as JSON
 
 MODE = re.compile(r"([A-G][b#]?) ?(maj|min|dor|mix|phr|lyd|loc|aeo|ion)[a-z]*", re.I)  # Gmajor, A dorian
@@ -998,35 +983,24 @@ TYPE_METRES = {"jig": "6/8", "slip jig": "9/8", "slide": "12/8", "polka": "2/4",
 
 
 def dump_rows(path):
-    """The rows of a tunes.csv or tunes.json, one for each setting (version of a tune), as dicts, {} for what
-    can't be read. Raises UserError.
-    """
-    text = decoded(Path(path).read_bytes())
+    """The rows of a tunes.csv or tunes.json, one for each setting (version of a tune), as dicts."""
+    text = Path(path).read_text("utf-8-sig", "replace")
     if text.lstrip()[:1] in ("[", "{"):
         try:
             tunes = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"{path} is damaged or cut off ({error})") from error
         tunes = tunes.get("tunes", [tunes]) if isinstance(tunes, dict) else tunes
-        return [row for tune in tunes for row in settings_of(tune)]
-
+        return [row for tune in tunes for row in settings_of(tune if isinstance(tune, dict) else {})]
     backslash = re.search(r'\\"(?![",\r\n])', text)  # some write a quotation mark so, others double it
-    table = csv.DictReader(io.StringIO(text, newline=""), escapechar="\\" if backslash else None)
+    csv.field_size_limit(2**31 - 1)  # a quotation mark that is never closed takes the rest for a field
+    table = csv.DictReader(io.StringIO(text), escapechar="\\" if backslash else None)
     need("abc" in (table.fieldnames or ()), f"{path} is no tunes.csv or tunes.json of The Session")
-    rows, row = [], {}
-    while row is not None:
-        try:
-            row = next(table, None)
-        except csv.Error:  # a field without end, as after a quotation mark that is never closed
-            row = {}
-        rows.append(row)
-    return rows[:-1]
+    return list(table)
 
 
 def settings_of(tune):
     """The rows of an item in JSON: a setting, or a tune with its settings in a list."""
-    if not isinstance(tune, dict):
-        return [{}]
     if not isinstance(tune.get("settings"), list):
         return [tune]
     common = {"tune_id": tune.get("id"), "meter": TYPE_METRES.get(tune.get("type"), "4/4")}
@@ -1057,14 +1031,11 @@ def setting_abc(row):
 
 
 def read_dump(path, cfg):
-    """The books of a dump, and what tells it from another."""
+    """The books of a dump, and how new it is."""
     rows = dump_rows(path)
-    dates = [str(row.get("date") or "")[:10] for row in rows if row]
-    with open(path, "rb") as file:
-        facts = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": file.tell(),
-                 "newest": max(dates, default="")}
+    newest = max((str(row.get("date") or "")[:10] for row in rows), default="")
     books = write_members(abc_members([(dump_name(row), row) for row in rows], setting_abc, cfg), cfg)
-    return books | {"corpus": f"The Session, settings until {facts['newest']}", "dump": facts}
+    return books | {"corpus": f"The Session, settings until {newest}", "dump": {"newest": newest}}
 
 
 # --- download
@@ -1221,7 +1192,7 @@ def read_source(cfg):
             return read_dump(dump, cfg)
     elif cfg.DATASET:
         return read_dump(cfg.DATASET, cfg)
-    return write_members(abc_members(folk_tunes(), decoded, cfg), cfg) | {"corpus": FOLK}
+    return write_members(abc_members(folk_tunes(), plain_text, cfg), cfg) | {"corpus": FOLK}
 
 
 @stage(version=2, knobs="source MAX_MIDI_FILES MIDI_ROOT")

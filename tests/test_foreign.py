@@ -6,6 +6,7 @@ import io
 import json
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def heard(midi):
 def read():
     """read(ABC) -> heard(its MIDI file)."""
     with study.abc2midi_program() as program:
-        yield lambda text: heard(study.foreign_abc_to_midi(study.plain_text(text), program))
+        yield lambda text: heard(study.foreign_abc_to_midi(text, program))
 
 
 @pytest.mark.parametrize("same", [
@@ -80,6 +81,15 @@ def test_voices_keep_in_step_and_tempi_are_kept(read):
 def test_what_can_not_be_read_is_skipped_by_its_reason(read, text, reason):
     with pytest.raises(Skip, match=reason):
         read(text)
+
+
+@pytest.mark.parametrize("bomb", ["A", "[A:", "{", "!h", ":", '"', "%%begintext\n", "<a =", "1+", " "])
+def test_no_text_takes_long(bomb):
+    for text in (HEAD + bomb * 30_000, HEAD + "!" + bomb * 30_000, f"M:{bomb * 30_000}\n{HEAD}"):
+        began = time.perf_counter()
+        text = study.JUNK.sub(r"\1", study.plain_text(text))
+        study.mark_bars(text), study.count_notes(text)
+        assert time.perf_counter() - began < 3, text[:50]
 
 
 def test_a_user_s_tune_is_read_whatever_its_encoding(tmp_path, capsys):
@@ -165,7 +175,7 @@ def test_all_forms_and_dialects_of_a_dump_give_the_same_tunes(extract):
     ({"abc": ""}, "no music"), ({"abc": "|||  z4 |"}, "no music"), ({"abc": None}, "no music"),
     ({"mode": "Hminor"}, "no key or metre"), ({"meter": "4/4\nX:1"}, "no key or metre"),
     ({"tune_id": "../../etc"}, "no tune_id or setting_id"), ({"setting_id": ""}, "no tune_id or setting_id"),
-    ({"abc": "A" * 200_000}, "no tune_id or setting_id"), ({"abc": 'AB|"BcdefgabBcdefg'}, "notes lost")])
+    ({"abc": "A" * 200_000}, "abc2midi failed"), ({"abc": 'AB|"BcdefgabBcdefg'}, "notes lost")])
 def test_a_row_that_is_no_tune_is_counted_by_its_reason(extract, change, reason):
     index, files = extract(as_csv([setting(1, 1), setting(2, 2) | change, setting(3, 3)]))
     assert list(files) == ["1/1.mid", "3/3.mid"] and index["skipped"] == {reason: 1}
@@ -223,7 +233,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def host(monkeypatch, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.body, server.how, server.asked = as_csv(GOOD * 10), "", 0
+        long = [row | {"composer": "x" * 5_000} for row in GOOD]
+        server.body, server.how, server.asked = as_csv(long), "", 0
         threading.Thread(target=functools.partial(server.serve_forever, 0.02), daemon=True).start()
         monkeypatch.setattr(study, "THESESSION_URL", f"http://127.0.0.1:{server.server_port}/tunes.csv")
         monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
@@ -239,7 +250,7 @@ def test_the_dump_is_fetched_once_however_often_the_line_breaks(host, tmp_path, 
     study.extract(cfg)
     index = read_json(tmp_path / "data_lakh/midi_index.json")
     assert Path(tmp_path, "data_lakh/downloads/thesession.csv").read_bytes() == host.body
-    assert index["seen"] == len(GOOD) * 10 and index["dump"]["bytes"] == len(host.body)
+    assert index["seen"] == len(GOOD)
     assert cfg.corpus == "The Session, settings until 2019-12-31"
     asked = host.asked
     assert study.extract(cfg) is False and study.extract(cfg, force=True) and host.asked == asked
@@ -261,4 +272,4 @@ def test_without_the_dump_the_folk_tunes_are_used_and_it_is_said(host, tmp_path,
 def test_a_host_that_sends_less_than_the_file_gives_what_is_whole(host, tmp_path):
     host.how = "shorter"
     study.extract(Cfg.smoke(tmp_path, DATASET="thesession", MAX_MIDI_FILES=0))
-    assert read_json(tmp_path / "data_lakh/midi_index.json")["seen"] > len(GOOD) * 9
+    assert read_json(tmp_path / "data_lakh/midi_index.json")["seen"] > len(GOOD) - 2
