@@ -727,7 +727,7 @@ JUNK = re.compile(
     r"|^(?:[H-Zh-z+]:(?![|:])|[A-Ga-g]:(?=[^|:\n]*$)|%).*\n|\[[A-Za-z]:[^][\n]*\]"  # other fields
     r"|%.*|\"[^\"\n]*\"?|\{[^}\n]*\}?"  # comments, chord names, grace notes
     r"|!(?:[^\s|!]{0,20}[h-y.<>()][^\s|!]{0,20}|f+)!|\+[a-z.]{0,20}[h-wy][a-z.]{0,20}\+"  # !trill! or +trill+
-    r"|[~.`\\$*!@;yH-WYh-w]|^\s*\n", re.M)  # other ornaments, ! as a line break, empty lines
+    r"|[~.`\\$*!@;yH-WYh-w]", re.M)  # other ornaments, ! as a line break
 SIGN = re.compile(  # a field, or a bar line with the number of its ending; between them is music
     rf"(^{KEPT}|\[[A-Z]:[^][\n]*\]"
     r"|(?:\[?\|[|:\]]*|:{1,4}\|[|:\]]*|(?<!\(\d)::)(?: ?\[?\d+(?:[,-]\d+)*)?|\[\d+(?:[,-]\d+)*)", re.M)
@@ -883,7 +883,8 @@ def foreign_abc_to_midi(text, program):
     if not rest:
         raise Skip("no K: field")
     music = re.split(r"\n\s*\n", rest[1], maxsplit=1)[0] + "\n"  # an empty line ends a tune
-    marked, bars = mark_bars("".join(re.findall(f"^{KEPT}", head, re.M)) + rest[0] + JUNK.sub(r"\1", music))
+    fields = "".join(re.findall(f"^{KEPT}", head, re.M)) + rest[0]
+    marked, bars = mark_bars(fields + re.sub(r"\n\s+", "\n", JUNK.sub(r"\1", music)))
     notes = sum(bar.notes for bar in bars)
     if not notes or len(bars) > MAX_BARS:
         raise Skip(f"more than {MAX_BARS:,} bars" if notes else "no music")
