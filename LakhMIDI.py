@@ -4638,7 +4638,9 @@ class Draft:
         # tune may be cut, as nothing is held over; lines of music that were kept and drawn, tries of this one
         self.line, self.saved, self.cut = len(self.ids), None, len(self.ids)
         self.bars = self.tries = self.tries_here = 0
-        self.faults = open_faults(prompt)[0]
+        self.reader, (*lines, self.begun) = Reader(), prompt.split("\n")
+        for line in lines:
+            self.reader.read_line(line)
 
     @property
     def text(self):
@@ -4675,15 +4677,16 @@ class Draft:
     def keep_line(self):
         """With --valid: whether our reader finds the line whole that was just drawn, or the tune that has
         ended. If not, it is forgotten; after MAX_TRIES the tune is given up."""
-        text = self.text
-        is_music = not re.match(r"[A-Za-z]:|%|$", text[self.line - 1:])
-        faults, is_held_over = open_faults(text)
-        good = faults <= self.faults and not text.endswith("\n\n")  # an empty line ends a tune
-        good = good and not (self.ended and reader_faults(text, prompt=self.prompt)[0])
+        line, after = self.begun + self.vocab.decode(self.ids[self.line:]), self.reader.fork()
+        after.read_line(line)
+        is_music = bool(line) and not re.match(r"[A-Za-z]:|%", line)
+        good = line != "\n" and not after.faults and (after.key or not is_music)
+        good = good and not (self.ended and reader_faults(self.text, prompt=self.prompt)[0])
         self.tries, self.tries_here = self.tries + is_music, self.tries_here + 1
         if good:
-            self.bars, self.tries_here, self.line = self.bars + is_music, 0, len(self.ids)
-            self.cut = self.cut if is_held_over else self.line
+            self.reader, self.begun, self.tries_here, self.line = after, "", 0, len(self.ids)
+            self.bars += is_music
+            self.cut = self.cut if after.ties or after.open_bar else self.line
         else:
             self.ids, self.ended, self.room = self.ids[:self.line], False, self.saved[1]
             self.done = self.tries_here == MAX_TRIES
@@ -4770,19 +4773,11 @@ def reader_faults(text, ended=True, prompt=""):
     return faults, {"notes": n, "pitches": pitches, "bars": tune.n_bars, "bad_bars": bad_bars}
 
 
-def open_faults(text):
-    """Of a text that goes on: (faults that nothing can mend, whether a tie is held over its end)."""
-    tune, last = read_abc(text), text.count("\n")
-    held = [fault.reason == "open_tie" and fault.line >= last for fault in tune.faults]
-    early = [fault.reason == "no_header" and "|" not in text for fault in tune.faults]
-    return len(held) - sum(held) - sum(early), any(held)
-
-
 def abc2midi_faults(text):
     """What abc2midi finds wrong with a text: (set of reasons, {complaint: how often})."""
     try:
         with abc2midi_program() as program:
-            midi, said = hear_abc(program, complete_lines(text).encode())
+            midi, said = hear_abc(program, text.encode())
         heard = score_notes(read_score(midi))[0]
     except Skip as skip:
         return {str(skip).replace(" ", "_")}, {}
@@ -4987,7 +4982,7 @@ def write_music(models, best, real, cfg):
         for kind, given in prompts.items():
             found = sample(model, vocab, given, max_chars=most, seed=cfg.SEED, temperature=cfg.TEMPERATURE,
                            top_p=cfg.TOP_P, valid=kind == "valid", label=f"{run} {kind}")
-            yield [{"run": run, "kind": kind, "prompt": prompt, **tune}
+            yield [{"run": run, "kind": kind, "prompt": prompt, **tune, "text": complete_lines(tune["text"])}
                    for prompt, tune in zip(given, found, strict=True)]
 
 
@@ -5327,6 +5322,7 @@ def compose(cfg, count, prompt="", valid=False, bars=8):
     (home / f"{name}_{seed}").mkdir(parents=True)
     for i, tune in enumerate(tunes, 1):
         path = home / f"{name}_{seed}" / f"{best['run']}_{i:02d}"
+        tune["text"] = complete_lines(tune["text"])
         write_tune(path, tune["text"] if tune["ended"] else whole_bars(tune["text"]), prompt)
         print(f"{path}.mid  {tune_in_words(tune, prompt, cfg)}")
 
