@@ -4397,7 +4397,8 @@ GLOSSARY = {
     "parametric": "L = E + A / N^alpha + B / D^beta, nothing fixed; sum of Huber(r / delta), r log residual; "
                   "L-BFGS-B from the best 3 of 64 starts, ftol 1e-12; 95 % intervals: bootstrap over runs",
     "value, lo, hi": "estimate and ends of its interval; null: open, or not a number",
-    "status": "identified; ridge: alpha and c are known only together; not_identified; refused: no fit",
+    "status, reason": "identified; ridge: alpha and c are known only together; not_identified; refused: no "
+                      "fit; and why. verdict: both and the largest model's prediction, in a sentence",
     "objective": "what was minimised: sum of squared log residuals, or of Huber(r / delta)",
     "sigma_log": "residual standard deviation of log L", "level": "of the intervals",
     "n_points, n_runs": "losses fitted, trainings they come from",
