@@ -3955,7 +3955,7 @@ class LawGrid:
         a_ends = np.add(self.range_of(lambda alpha, log_rho: alpha * origin), 0 * np.array(self.alpha_ends))
         found = {"alpha": (self.log_alpha, *self.alpha_ends),
                  "a": (self.level + self.alpha * origin, *a_ends), "c": (self.level + self.log_rho, *c_ends)}
-        return {name: dict(zip(("value", "lo", "hi"), map(number, np.exp(logs)), strict=True))
+        return {name: dict(zip(("value", "lo", "hi"), map(finite, np.exp(logs)), strict=True))
                 for name, logs in found.items()}
 
     def predict(self, N):
@@ -3985,7 +3985,7 @@ def allowance(points, S, level):
     return max(S / dof, floor) * stats.f.ppf(level, 1, dof) if dof else np.inf, 1.0
 
 
-def number(value):
+def finite(value):
     """A float that JSON can hold, else None."""
     return float(value) if value is not None and np.isfinite(value) else None
 
@@ -4018,7 +4018,7 @@ def state_prediction(points, largest, *, level=0.95, runs=1):
                "hi": predicted * np.exp(np.hypot(np.log(hi / predicted), noise))}
     if not np.isfinite(grid.rise):
         stated["reason"] = "three points leave nothing to judge the noise by"
-    return stated | {name: number(stated[name]) for name in names}
+    return stated | {name: finite(stated[name]) for name in names}
 
 
 def with_outcome(stated, losses):
@@ -4252,8 +4252,8 @@ def fit_parametric_loss(N, D, L, *, run_id=None, delta=1e-3, n_boot=1000, rng=0)
                "alpha": (0.01, 5), "beta": (0.01, 5)}
     for i, (name, (least, most)) in enumerate(open_at.items()):
         (lo, hi), scale = ends[:, i], np.exp if i < 3 else float
-        law[name] = {"value": number(scale(p[i])), "lo": number(scale(lo)) if lo > least else None,
-                     "hi": number(scale(hi)) if hi < most else None}
+        law[name] = {"value": finite(scale(p[i])), "lo": finite(scale(lo)) if lo > least else None,
+                     "hi": finite(scale(hi)) if hi < most else None}
     residuals = np.log(L / parametric_loss(p, N, D))
     law["sigma_log"] = float(np.sqrt(np.sum(residuals**2) / max(len(L) - 5, 1)))
     law["holdout"] = parametric_holdout(N, D, L, run_id, delta, min(n_boot, 200), rng, law["sigma_log"])
@@ -4342,7 +4342,7 @@ def compare(laws, reach, bits_per_note):
     def minus(first, second, scale=1.0):
         (a, a_lo, a_hi), (b, b_lo, b_hi) = first, second
         ends = a - b, a - b - np.hypot(a - a_lo, b_hi - b), a - b + np.hypot(a_hi - a, b - b_lo)
-        return {key: number(scale * end) for key, end in zip(("value", "lo", "hi"), ends, strict=True)}
+        return {key: finite(scale * end) for key, end in zip(("value", "lo", "hi"), ends, strict=True)}
     first, second = np.array([law.predict(reach) for law in laws])[..., 0]  # each (loss, lo, hi)
     ratio = {key: end and math.exp(end) for key, end in minus(np.log(first), np.log(second)).items()}
     out = {"at": float(reach), **ratio, "nats": minus(first, second)}
@@ -4396,7 +4396,7 @@ GLOSSARY = {
     "power_law_total_n, power_law_flops": "the same with n_params or flops as N",
     "parametric": "L = E + A / N^alpha + B / D^beta, nothing fixed; sum of Huber(r / delta), r log residual; "
                   "L-BFGS-B from the best 3 of 64 starts, ftol 1e-12; 95 % intervals: bootstrap over runs",
-    "value, lo, hi": "estimate and ends of its interval; null: open, or not a number",
+    "value, lo, hi": "estimate and ends of its interval; null: open, or no finite number",
     "status, reason": "identified; ridge: alpha and c are known only together; not_identified; refused: no "
                       "fit; and why. verdict: both and the largest model's prediction, in a sentence",
     "objective": "what was minimised: sum of squared log residuals, or of Huber(r / delta)",
@@ -4456,7 +4456,7 @@ def fit(cfg):
     bits = (val["chars"] + val["tunes"]) / val["notes"] / math.log(2) if val["notes"] else None  # of a nat
     fits["comparison"] = compare_families(families, laws, bits)
     text = json.dumps({**fits, "points": study["runs"]}, default=json_default)
-    write_json(folder / "fits.json", json.loads(text, parse_constant=lambda no_number: None))
+    write_json(folder / "fits.json", json.loads(text, parse_constant=lambda constant: None))
     with atomic_path(folder / "scaling_points.csv") as path, open(path, "w", newline="") as file:
         table = csv.DictWriter(file, list(study["runs"][0]))
         table.writeheader()
