@@ -3079,21 +3079,17 @@ def make_optimizers(model, cfg):
 
 
 def stretches(cfg):
-    """The parts of a run: [(step at which it stops, step at which the decay ends, or 0 on the trunk)]."""
-    parts = []
+    """The parts of a run in steps: [(first, last, end of the decay or 0 on the trunk)]."""
+    parts, trunk = [], 0
     for end in sorted({max(1, round(share * cfg.steps)) for share in cfg.BUDGETS}):
-        parts += [(end - decay_steps(end, cfg), 0), (end, end)]
+        fork = end - decay_steps(end, cfg)
+        parts += [(trunk, fork, 0), (fork, end, end)]
+        trunk = fork
     return parts
 
 
 def decay_steps(end, cfg):
     return max(1, round(cfg.DECAY_FRAC * end))
-
-
-def steps_with_branches(cfg):
-    """Steps that one model trains in all: the trunk, and a decay for each budget."""
-    ends = [end for _, end in stretches(cfg) if end]
-    return ends[-1] + sum(decay_steps(end, cfg) for end in ends[:-1])
 
 
 def lr_scale(step, end, cfg):
@@ -3136,18 +3132,13 @@ def windows(tokens, starts, length, device):
     return chunk.to(device, non_blocking=True)
 
 
-def has_bfloat16(cfg):
-    """Whether the device multiplies in bfloat16; torch.cuda.is_bf16_supported() is also true of emulation."""
-    if cfg.DEVICE == "cuda":
-        return torch.cuda.get_device_capability() >= (8, 0)
-    return getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-
-
 def amp_dtype(recurrent, cfg):
     """The type in which a model is trained. Autocast runs cuDNN's LSTM in float16 whatever it is told."""
-    if cfg.DEVICE == "cuda" and (recurrent or not has_bfloat16(cfg)):
-        return torch.float16
-    return torch.bfloat16 if has_bfloat16(cfg) else torch.float32
+    if cfg.DEVICE == "cuda":  # torch.cuda.is_bf16_supported() is also true of a T4, which emulates it
+        bfloat16 = torch.cuda.get_device_capability() >= (8, 0) and not recurrent
+        return torch.bfloat16 if bfloat16 else torch.float16
+    bfloat16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+    return torch.bfloat16 if bfloat16 else torch.float32
 
 
 def autocast(model, cfg):
@@ -3240,9 +3231,10 @@ class Training:
         half = amp_dtype(self.model.recurrent, cfg) == torch.float16
         self.scaler = torch.amp.GradScaler(cfg.DEVICE, enabled=half, growth_interval=100)
         self.micro = windows_per_pass(self.model, cfg)
-        self.loss_of = self.plain_loss = functools.partial(window_loss, self.model)
+        self.loss_of = self.plain_loss
         self.graph, self.graphed = None, cfg.DEVICE == "cuda" and cfg.COMPILE
-        if self.graphed and not self.model.recurrent:  # cuDNN's LSTM is compiled already
+        self.compiled = self.graphed and not self.model.recurrent  # cuDNN's LSTM needs no compiling
+        if self.compiled:
             torch.compiler.reset()  # its cache is of the code: another size would be a change of shapes
             self.loss_of = torch.compile(self.plain_loss, dynamic=False)
         self.step = self.part = 0  # of the run, of stretches()
@@ -3251,14 +3243,20 @@ class Training:
         self.rows = []  # one result for each budget that is done
         self.steps_run, self.seconds = 0, 0.0  # those of all branches
 
+    def plain_loss(self, windows_now):
+        """Sum of the losses of windows (B, T + 1): each character from those before it."""
+        logits = self.model(windows_now[:, :-1])[0]
+        return F.cross_entropy(logits.float().flatten(0, 1), windows_now[:, 1:].flatten(), reduction="sum")
+
     def save(self, kind):
         """Writes a checkpoint, but never one of weights that are no numbers over one that is of use."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise Diverged(f"{self.run.name} diverged: a weight is no number; lower LR or LR_ADAM")
+        names = self.owned + (self.kept if kind == "resume.pt" else ())
         write_checkpoint(self.run.path(kind, self.cfg), {
             "model": own_weights(self.model), "scaler": self.scaler.state_dict(), "device": self.cfg.DEVICE,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            **{name: getattr(self, name) for name in self.owned + self.kept}})
+            "values": {name: getattr(self, name) for name in names}})
 
     def restore(self, kind):
         """Goes back to a checkpoint of this run; False where there is none."""
@@ -3266,16 +3264,14 @@ class Training:
         if not path.exists():
             return False
         state = load_checkpoint(path)
-        need(state["device"] == self.cfg.DEVICE,
-             f"{self.run.name} is half trained on {state['device']}: go on with --DEVICE {state['device']}, "
-             f"or delete {path.parent}")
+        need(state["device"] == self.cfg.DEVICE, f"{self.run.name} is half trained on {state['device']}: "
+             f"go on with --DEVICE {state['device']}, or delete {path.parent}")
         self.model.load_state_dict(state["model"])
         if state["scaler"]:  # empty if it comes from a GPU that has bfloat16
             self.scaler.load_state_dict(state["scaler"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        for name in self.owned + (self.kept if kind == "resume.pt" else ()):
-            setattr(self, name, state[name])
+        vars(self).update(state["values"])
         return True
 
     def gradients(self, batch):
@@ -3288,15 +3284,16 @@ class Training:
                 return self.passes(batch)
             except Exception as error:  # torch.compile raises whatever its many parts do
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-                if out_of_memory(error):
+                # cuBLAS and cuDNN tell of a full GPU by a plain RuntimeError
+                if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in reason:
                     need(self.micro > 1, "out of memory with one window; lower SEQ_LEN or drop this model")
                     self.micro //= 2
                     say(f"{self.run.name}: out of memory, going on with {self.micro} windows per pass")
                 elif self.graphed:
                     self.graphed = False
                     say(f"{self.run.name}: going on without a CUDA graph, which failed ({reason})")
-                elif self.loss_of is not self.plain_loss:
-                    self.loss_of = self.plain_loss
+                elif self.compiled:
+                    self.compiled, self.loss_of = False, self.plain_loss
                     say(f"{self.run.name}: going on without torch.compile, which failed ({reason})")
                 else:
                     raise
@@ -3343,26 +3340,10 @@ class Training:
         self.graph = graph
 
 
-def window_loss(model, windows_now):
-    """Sum of the losses of windows (B, T + 1): each character from those before it."""
-    logits = model(windows_now[:, :-1])[0]
-    return F.cross_entropy(logits.float().flatten(0, 1), windows_now[:, 1:].flatten(), reduction="sum")
-
-
-def out_of_memory(error):
-    """Whether an exception says that the GPU is full; cuBLAS and cuDNN say it by a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
-
-
 def windows_per_pass(model, cfg):
-    """How many windows go through a model at once: the batch, halved until the activations fit."""
-    micro, size = cfg.batch, model.size
-    if cfg.MICRO_TOKENS:
-        return max(1, min(micro, cfg.MICRO_TOKENS // cfg.SEQ_LEN))
-    bytes_per_token = size.layers * size.width * model.kept_bytes
-    if cfg.DEVICE == "cpu":
-        bytes_per_token += size.layers * size.heads * cfg.SEQ_LEN * 3  # attention that isn't fused
-    while micro > 1 and micro * cfg.SEQ_LEN * bytes_per_token > 8e9:
+    """How many windows go through a model at once: the batch, halved until the activations fit in 8 GB."""
+    micro, bytes_per_char = cfg.batch, model.size.layers * model.size.width * model.kept_bytes
+    while micro > 1 and micro * cfg.SEQ_LEN > (cfg.MICRO_TOKENS or 8e9 / bytes_per_char):
         micro //= 2
     return micro
 
@@ -3376,16 +3357,13 @@ def divergence(losses, batch_tokens, vocab_size):
     A step is not a number where it was skipped: float16 finds its scale in fewer than 25. Means are compared,
     since a batch of few windows may hold only hard ones: one of 1.14 after .4 once stopped a run for nothing.
     """
-    if len(losses) >= 25 and not np.isfinite(losses[-25:]).any():
-        return "no finite gradient in 25 steps on end"
-    n = max(1, CHECKED_CHARS // batch_tokens)
-    finite = np.array(losses)[np.isfinite(losses)]
-    if len(finite) == 0:
-        return ""
-    now, limit = finite[-n:].mean(), 2 * math.log(vocab_size)  # twice the loss of guessing
-    if len(finite) >= 2 * n:
-        before = finite[len(finite) % n:].reshape(-1, n).mean(axis=1)[:-1]
-        limit = min(limit, 2 * before.min())
+    finite, n = np.array(losses)[np.isfinite(losses)], max(1, CHECKED_CHARS // batch_tokens)
+    if not np.isfinite(losses[-25:]).any():
+        return "no finite gradient in 25 steps on end" if len(losses) >= 25 else ""
+    limit, means = 2 * math.log(vocab_size), finite[len(finite) % n:].reshape(-1, n).mean(axis=1)
+    if len(means) > 1:
+        limit = min(limit, 2 * means[:-1].min())
+    now = finite[-n:].mean()
     return "" if now <= limit else f"a mean loss of {now:.3g}, where {limit:.3g} is the limit"
 
 
@@ -3408,7 +3386,7 @@ def train_model(run, vocab, cfg, bar):
     bar.update(t.steps_run * step_flops)
     log_every, parts = max(1, cfg.steps // 200), stretches(cfg)
     while t.part < len(parts):
-        last_step, decay_end = parts[t.part]
+        _, last_step, decay_end = parts[t.part]
         began = saved = time.monotonic()
         first_step, new_losses = t.step, []
         while t.step < last_step:
@@ -3453,7 +3431,8 @@ def train_model(run, vocab, cfg, bar):
                          "lr": cfg.LR * share, "tokens_per_s": rate}
                 for key, value in point.items():
                     t.curve[key].append(value)
-                append_line(log, {**point, "step": t.step, "branch": decay_end})
+                with naming(log), open(log, "a", encoding="utf-8") as lines:
+                    lines.write(json.dumps({**point, "step": t.step, "branch": decay_end}) + "\n")
                 bar.set_postfix_str(f"{run.name} loss {t.losses[-1]:.3f} {rate:,.0f} char/s", False)
 
             # 8 A checkpoint now and then
@@ -3487,29 +3466,16 @@ def result(t, train_chars, val_data):
     cfg, size, flops = t.cfg, t.run.size, t.model.flops_per_token()
     mean, error = mean_loss(token_losses(t.model, val_data, cfg), val_data)
     tokens, rate = t.step * cfg.BATCH_TOKENS, float(np.median(t.curve["tokens_per_s"]))
-    peak = peak_flops(cfg)
     return {
         "run": t.run.name, "family": size.family, "size": size.size, "seed": t.run.seed,
         "layers": size.layers, "width": size.width, **count_params(t.model),
         "tokens": tokens, "unique_tokens": min(tokens, train_chars), "epochs": tokens / train_chars,
         "flops_per_token": flops, "flops": flops * tokens, "lr": cfg.LR,
         "val_loss": mean, "val_loss_se": error, "val_bpc": mean / math.log(2), "val_chars": len(val_data) - 1,
-        "tokens_per_s": rate, "flops_per_s": rate * flops,
-        "share_of_peak": rate * flops / peak if peak else None, "wall_s": t.seconds,
+        "tokens_per_s": rate, "flops_per_s": rate * flops, "wall_s": t.seconds,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cfg.DEVICE == "cuda" else None,
         "precision": str(amp_dtype(t.model.recurrent, cfg)).removeprefix("torch."), "device": cfg.DEVICE,
         "checkpoint": f"{t.run.name}.pt", "main": t.step == cfg.steps}
-
-
-# Dense matrix products per second in the type of the training, by the makers' data sheets.
-PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
-              "L40S": 362e12, "L4": 121e12, "T4": 65e12}
-
-
-def peak_flops(cfg):
-    """FLOP/s that the GPU could reach at best; None where that is not known."""
-    name = torch.cuda.get_device_name() if cfg.DEVICE == "cuda" else ""
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
 
 
 # --- files of models
@@ -3522,20 +3488,19 @@ def own_weights(model):
     return {name: weight.cpu().clone() for name, weight in model.state_dict().items()}
 
 
+@contextlib.contextmanager
+def naming(path):
+    """An error in writing names the file: neither torch's writer nor the write to a full disk does."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"can't write {path}: {reason}; is the disk full?") from error
+
+
 def write_checkpoint(path, content):
-    try:
-        with atomic_path(path) as partial:
-            torch.save(content, partial)
-    except (RuntimeError, OSError) as error:  # torch's own writer doesn't name the file, nor say why
-        raise OSError(f"can't write {path}: {error}".partition("\n")[0] + "; is the disk full?") from error
-
-
-def append_line(path, row):
-    try:
-        with open(path, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise OSError(f"can't write {path}: {error}") from error
+    with naming(path), atomic_path(path) as partial:
+        torch.save(content, partial)
 
 
 def load_checkpoint(path):
@@ -3697,7 +3662,7 @@ def training_flops(run, vocab_size, cfg):
     """What the training of one model costs, branches included."""
     with torch.device("meta"):
         model = build_model(run.size, vocab_size, cfg)
-    return model.flops_per_token() * cfg.BATCH_TOKENS * steps_with_branches(cfg)
+    return model.flops_per_token() * cfg.BATCH_TOKENS * sum(last - first for first, last, _ in stretches(cfg))
 
 
 def finished(run, cfg):
@@ -3739,7 +3704,10 @@ def write_results(runs, cfg):
         if record := finished(run, cfg):
             records[run.name] = record
             with atomic_path(save / f"{run.name}.pt") as partial:
-                link_or_copy(run.path("model.pt", cfg), partial)
+                try:
+                    os.link(run.path("model.pt", cfg), partial)
+                except OSError:  # a file system without links
+                    shutil.copyfile(run.path("model.pt", cfg), partial)
     write_json(save / "prediction.json", predictions)
     write_json(save / "scaling_results.json", {
         "study": cfg.STUDY, "corpus": cfg.corpus, "device": device_name(cfg), "torch": torch.__version__,
@@ -3749,13 +3717,6 @@ def write_results(runs, cfg):
     write_json(save / "training_curves.json", {name: {
         **record["curve"], "val_tokens": [row["tokens"] for row in record["rows"]],
         "val_loss": [row["val_loss"] for row in record["rows"]]} for name, record in records.items()})
-
-
-def link_or_copy(path, copy_path):
-    try:
-        os.link(path, copy_path)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, copy_path)
 
 
 def gpu_fault():

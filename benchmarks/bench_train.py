@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 import tempfile
@@ -29,6 +30,9 @@ import LakhMIDI as study
 from LakhMIDI import Cfg
 
 make_optimizers = study.make_optimizers
+# Dense matrix products per second in 16 bits, by the makers' data sheets.
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+              "L40S": 362e12, "L4": 121e12, "T4": 65e12}
 RESULTS = Path(__file__).with_name("results.jsonl")
 
 
@@ -104,7 +108,7 @@ def rival(lr):
                "make_optimizers": rival_optimizers, "lr_scale": cosine,
                "count_params": lambda model: {"n_params": sum(p.numel() for p in model.parameters())}}
     if not torch.cuda.is_available():
-        patches["has_bfloat16"] = lambda cfg: False
+        patches["amp_dtype"] = lambda recurrent, cfg: torch.float32
     return patch.multiple(study, **patches), {"LR": lr}
 
 
@@ -251,11 +255,12 @@ def train_once(args, part, label, model, seed=1, steps=math.inf, **knobs):
             flops = study.build_model(run.size, len(vocab.chars), cfg).flops_per_token()
     if cfg.DEVICE == "cuda":
         seconds = log[-1]["tokens"] / rate
-    peak = study.peak_flops(cfg)
+    name = study.device_name(cfg)
+    peak = next((peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
     row = {"part": part, "label": label, "model": run.name, "seed": seed, "tokens": log[-1]["tokens"],
            "knobs": knobs, "val_loss": loss if loss < math.inf else None, "seconds": round(seconds, 2),
            "tokens_per_s": rate, "flops_per_s": rate * flops, "of_peak": peak and rate * flops / peak,
-           "train_loss": log[-1]["train_loss"], "wall": round(wall, 1), "device": study.device_name(cfg),
+           "train_loss": log[-1]["train_loss"], "wall": round(wall, 1), "device": name,
            "gb": torch.cuda.max_memory_allocated() / 1e9 if cfg.DEVICE == "cuda" else None}
     record(row)
     return row
