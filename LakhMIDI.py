@@ -726,7 +726,7 @@ JUNK = re.compile(
     rf"(^{KEPT}|\[[KLMPQV]:[^][\n]*\])"  # stays; all below goes
     r"|^(?:[H-Zh-z+]:(?![|:])|[A-Ga-g]:(?=[^|:\n]*$)|%).*\n|\[[A-Za-z]:[^][\n]*\]"  # other fields
     r"|%.*|\"[^\"\n]*\"?|\{[^}\n]*\}?"  # comments, chord names, grace notes
-    r"|!(?:[^\s|!]{0,20}[h-y.<>()][^\s|!]{0,20}|f+)!|\+[a-z.]{0,20}[h-wy][a-z.]{0,20}\+"  # !trill! or +trill+
+    r"|!(?:[^\s|!]{0,20}[h-y.<>()][^\s|!]{0,20}|f+|\d)!|\+[a-z.]{0,20}[h-wy][a-z.]{0,20}\+"  # !trill!
     r"|[~.`\\$*!@;yH-WYh-w]", re.M)  # other ornaments, ! as a line break
 SIGN = re.compile(  # a field, or a bar line with the number of its ending; between them is music
     rf"(^{KEPT}|\[[A-Z]:[^][\n]*\]"
@@ -796,7 +796,9 @@ def count_notes(music):
 
 
 def mark_bars(text):
-    """Clean ABC -> (what abc2midi gets: the same with a tempo of its own before each bar, [Bar])."""
+    """Clean ABC -> (what abc2midi gets: the same with a tempo of its own before each bar and at the end,
+    [Bar]). The last Bar is empty.
+    """
     out, bars = ["X:1\n%%MIDI chordattack 0\n"], []
     metre, tempo, seam, ended = (4, 4), 120, True, True
     for i, token in enumerate(SIGN.split(text)):
@@ -818,12 +820,12 @@ def mark_bars(text):
         elif letter not in "KLP%":
             seam, ended = seam or token != "|", True
         out.append(token)
-    return "".join(out), bars
+    out.append(f" [Q:1/4={FIRST_MARK + len(bars)}]\n")
+    return "".join(out), [*bars, Bar(metre, tempo, seam, 0)]
 
 
 def metre_for(ticks, metre):
-    """The metre of a bar of that length, in the notes of `metre` if it can be; else `metre`, or 4/4."""
-    metre = metre or (4, 4)
+    """The metre of a bar of that length, in the notes of `metre` if it can be; `metre` if there is none."""
     for den in (metre[1], 4, 8, 16, 32):
         num, left = divmod(ticks * den, 4 * QUARTER)
         if not left and 0 < ticks <= 16 * QUARTER:
@@ -831,17 +833,18 @@ def metre_for(ticks, metre):
     return metre
 
 
-def time_signatures(played, end):
-    """[(tick, Bar)] as played, tick of the end -> (ticks of rest before the pick-up, [(tick, num, den)]).
+def time_signatures(played):
+    """[(tick, Bar)] as played -> (ticks of rest before the pick-up, [(tick, numerator, denominator)]).
 
-    A short bar before a seam and the pick-up behind it are one bar; others are as long as they were written.
+    A short bar before a seam and the pick-up behind it are one bar; others are as long as they were written,
+    but for several in a row that are shorter than any metre of the converter.
     """
     bars = played[:1]
-    for (start, bar), (stop, _) in itertools.pairwise([*played[1:], (end, None)]):
+    for (start, bar), (stop, _) in itertools.pairwise(played[1:]):
         begun, before = bars[-1]
         if not (bar.seam and start - begun < before.ticks == stop - begun):
             bars.append((start, bar))
-    lengths = np.diff([start for start, _ in bars] + [end]).tolist()
+    lengths = np.diff([start for start, _ in bars] + [played[-1][0]]).tolist()
 
     second = lengths[1 % len(bars)]
     rest = max(0, (bars[0][1].ticks or second) - lengths[0]) if lengths[0] < second else 0
@@ -849,10 +852,11 @@ def time_signatures(played, end):
     lengths[0] += rest
 
     signs = []
-    for (start, bar), length in zip(bars, lengths, strict=True):
+    for (start, bar), length, after in zip(bars, lengths, [*lengths[1:], 0], strict=True):
         silent = bar.ticks and not bar.notes and length % bar.ticks == 0  # Z4: four bars
-        last = start + length == end and length < bar.ticks
-        metre = bar.metre if length == bar.ticks or silent or last else metre_for(length, bar.metre)
+        short = max(length, after) < 1.5 * QUARTER or (not after and length < bar.ticks)
+        keeps = bar.metre and (length == bar.ticks or silent or short)
+        metre = bar.metre if keeps else metre_for(length, bar.metre or (4, 4))
         if not signs or metre != signs[-1][1:]:
             signs.append((start + rest, *metre))
     return rest, signs
@@ -862,7 +866,7 @@ def with_bars(score, played):
     """What abc2midi made of marked ABC, [(tick, Bar)] as played -> bytes of a MIDI file with the tune's own
     metres and tempi, and a rest before its pick-up.
     """
-    rest, signs = time_signatures(played, score.end())
+    rest, signs = time_signatures(played)
     score = score.shift_time(rest - 1)  # abc2midi begins notes a tick late
     for changes in (score.key_signatures, score.time_signatures, score.tempos):
         changes.clear()
@@ -896,6 +900,8 @@ def foreign_abc_to_midi(text, program):
     expected = sum(bar.notes * max(1, turns[mark]) for mark, bar in enumerate(bars))
     if not played or score.note_num() < 0.9 * expected * count_notes(music) / notes:
         raise Skip("notes lost")
+    if played[-1][1] < len(bars) - 1:  # the mark of the end was in a voice that abc2midi takes no tempi from
+        played.append((score.end(), -1))
     return with_bars(score, [(tick - played[0][0], bars[mark]) for tick, mark in played])
 
 

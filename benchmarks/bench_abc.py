@@ -43,7 +43,8 @@ class Tune:
     """`bars`: [notes [(what, length, tied)], metre, the sign before it, number of its ending]."""
 
     def __init__(self, text):
-        self.metre, self.unit, self.bars, self.chords, self.voices = Fraction(1), None, [], False, set()
+        self.metre, self.unit, self.bars, self.voices = Fraction(1), None, [], set()
+        self.chords = self.parts = False
         self.tuplet, self.scale, self.inside, self.broken, self.sign, self.ending = 0, 1, 0, 1, "[", ""
         self.new, unknown = True, []
         for line in text.splitlines():
@@ -65,8 +66,8 @@ class Tune:
             self.unit = fraction(re.sub(r"\s|%.*", "", value))
         elif letter == "V":
             self.voices.add(value.split()[0])
-        elif letter == "P" and not self.bars:
-            self.chords = True  # an order of parts is a repeat
+        elif letter == "P":
+            self.parts = True
 
     def take(self, sign):
         if sign["field"]:
@@ -203,8 +204,8 @@ def main(step="1", folder=""):
         for name, tune in tunes.items():
             path = Path(folder or Path(made, "abc"), f"{name}.abc")
             source = Tune(tune.decode("latin-1"))
-            if not path.exists() or len(source.voices) > 1:
-                counts["several voices" if path.exists() else "not converted"] += 1
+            if not path.exists() or len(source.voices) > 1 or source.parts:
+                counts["voices or parts" if path.exists() else "not converted"] += 1
                 continue
             notes, first, bars = compare(source, Tune(path.read_text("utf-8")))
             counts.update(tunes=1, first_bar=first, all_bars=bars)
