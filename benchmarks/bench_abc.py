@@ -1,14 +1,13 @@
 """Whether the bundled tunes come out as their writers wrote them, counted without the product's own readers.
 
-    python benchmarks/bench_abc.py [every n-th tune] [folder of converted tunes]
+    python benchmarks/bench_abc.py [--folder data_lakh/abc] [--every N]
 
-Reads the ABC of the books and the ABC that the study made of it with the small interpreter below, which knows
-Reads the ABC of the books and the ABC that the study made of it with the small interpreter below: it knows
-the onsets and lengths of their source (those without repeats and chords), with its first bar and with all its
-bars, in both cases after the repeats were written out. Without a folder it extracts and converts the tunes
-first, and says how long that took.
+Reads the ABC of the books and the ABC that the study made of it with the small interpreter below. Prints the
+shares of tunes with the onsets and lengths of their source (of those without repeats and chords), with its
+first bar and with all its bars, both after the repeats were written out. Without a folder of converted tunes
+it extracts and converts them first, and says how long that took.
 """
-import json
+import argparse
 import re
 import sys
 import tempfile
@@ -16,6 +15,8 @@ import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+
+from results import keep
 
 SIGN = re.compile(r'"[^"]*"|!\S+?!|\{[^}]*\}|%.*|\[(?P<field>[A-Za-z]):(?P<value>[^]]*)\]'
                   r"|(?P<bar>\[?\|[]|:]*|:+\|[]|:]*|(?<!\(\d)::+)\s*(?:\[?(?P<ending>[1-9][\d,-]*))?"
@@ -190,19 +191,24 @@ def compare(source, ours):
     return alike if plain else None, a[0] == b[0], a == b
 
 
-def main(step="1", folder=""):
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--folder", help="of converted tunes")
+    parser.add_argument("--every", type=int, default=1, help="convert every n-th tune only")
+    args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import LakhMIDI as study
     tunes, counts = dict(study.folk_tunes()), Counter()
     with tempfile.TemporaryDirectory() as made:
-        if not folder:
+        if not args.folder:
             began = time.perf_counter()
-            cfg = study.Cfg(DATA_ROOT=made, MAX_MIDI_FILES=len(tunes) // int(step))
+            cfg = study.Cfg(DATA_ROOT=made, MAX_MIDI_FILES=len(tunes) // args.every)
             study.extract(cfg)
             study.convert(cfg)
             print(f"extract and convert: {time.perf_counter() - began:.0f} s")
         for name, tune in tunes.items():
-            path = Path(folder or Path(made, "abc"), f"{name}.abc")
+            path = Path(args.folder or Path(made, "abc"), f"{name}.abc")
             source = Tune(tune.decode("latin-1"))
             if not path.exists() or len(source.voices) > 1 or source.parts:
                 counts["voices or parts" if path.exists() else "not converted"] += 1
@@ -210,13 +216,12 @@ def main(step="1", folder=""):
             notes, first, bars = compare(source, Tune(path.read_text("utf-8")))
             counts.update(tunes=1, first_bar=first, all_bars=bars)
             counts.update(plain=notes is not None, notes=bool(notes))
-    row = {"benchmark": "abc", **counts, "share_notes": counts["notes"] / counts["plain"],
+    row = {**counts, "share_notes": counts["notes"] / counts["plain"],
            "share_first_bar": counts["first_bar"] / counts["tunes"],
            "share_all_bars": counts["all_bars"] / counts["tunes"]}
     print(row)
-    with open(Path(__file__).parent / "results.jsonl", "a", encoding="utf-8") as out:
-        out.write(json.dumps(row) + "\n")
+    keep("abc", **row)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

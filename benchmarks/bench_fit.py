@@ -2,18 +2,17 @@
 
 Simulated tables of five sizes over two decades with a known exponent. Error and coverage of fit_power_law
 against what is usually done; coverage of the bootstrap of fit_parametric_loss over runs and over points; how
-often tables that follow no power law are given an exponent. No data needed. Prints three tables and appends a
-line to results.jsonl beside this file.
+often tables that follow no power law are given an exponent. No data needed. Prints three tables.
 """
 
 import argparse
-import json
 import sys
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
+from results import keep
 from scipy import optimize, stats
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -162,19 +161,7 @@ def main():
     print("{:12s}{:>12s}{:>8s}{:>16s}{:>9s}".format("table", *counts["flat"]))
     for name, row in counts.items():
         print("{:12s}{:12d}{:8d}{:16d}{:9d}".format(name, *row.values()))
-    with open(Path(__file__).with_name("results.jsonl"), "a", encoding="utf-8") as file:
-        file.write(
-            json.dumps(
-                {
-                    "bench": "fit",
-                    "tables": tables,
-                    "power_law": rows,
-                    "bootstrap_coverage": covered,
-                    "verdicts": counts,
-                }
-            )
-            + "\n"
-        )
+    keep("fit", tables=tables, power_law=rows, bootstrap_coverage=covered, verdicts=counts)
 
 
 if __name__ == "__main__":

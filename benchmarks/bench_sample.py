@@ -7,7 +7,7 @@ would disturb the clock on the wall. The ratios, not the rates, travel between m
 (calls of the model for each character written) say how much a GPU waits for Python.
 """
 
-import json
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from results import keep
 
 import LakhMIDI as study
 
@@ -59,11 +61,16 @@ def timed(model, vocab, **options):
     return tunes, chars / (time.process_time() - began), model.steps / chars
 
 
-def main(folder, *names):
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("folder", help="of checkpoints")
+    parser.add_argument("names", nargs="*", default=["gpt_1M", "lstm_1M"], help="of models")
+    args, rows = parser.parse_args(), []
     print(f"{ROWS} x {CHARS:,}", "cached char/s", "uncached char/s", "speed-up", "steps/char", "valid / free",
           "tries a bar", sep="   ")
-    for name in names or ("gpt_1M", "lstm_1M"):
-        model, vocab, _ = study.load(Path(folder, f"{name}.pt"))
+    for name in args.names:
+        model, vocab, _ = study.load(Path(args.folder, f"{name}.pt"))
         fast, fast_rate, steps = timed(Counted(model), vocab, temperature=0)
         slow, slow_rate, _ = timed(Counted(model, again=True), vocab, temperature=0)
         assert fast == slow, "the two samplers differ"
@@ -73,12 +80,10 @@ def main(folder, *names):
         speed_up = fast_rate / slow_rate
         print(f"{name:10s} {fast_rate:15,.0f} {slow_rate:17,.0f} {speed_up:8.0f} x {steps:10.4f} "
               f"{valid_rate / free_rate:14.2f} {tries:12.2f}")
-        result = {"bench": "sample", "model": name, "speed_up": speed_up, "steps_per_char": steps,
-                  "valid_speed": valid_rate / free_rate, "tries_a_bar": tries, "rows": ROWS, "chars": CHARS,
-                  "seq_len": model.seq_len}
-        with open(Path(__file__).with_name("results.jsonl"), "a", encoding="utf-8") as results:
-            results.write(json.dumps(result) + "\n")
+        rows.append({"model": name, "speed_up": speed_up, "steps_per_char": steps,
+                     "valid_speed": valid_rate / free_rate, "tries_a_bar": tries, "seq_len": model.seq_len})
+    keep("sample", tunes=ROWS, chars=CHARS, rows=rows)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -1,12 +1,11 @@
 """Speed and memory of writing token files, on made-up tunes of several lengths.
 
-    python benchmarks/bench_tokenize.py [folder to write in] [characters per corpus]
+    python benchmarks/bench_tokenize.py [--folder to write in] [--chars per corpus]
 
 CPU time is that of one process, without the grouping of works (bench_works.py times that). Beside it stands
-what opening and reading the files twice costs any program: is it the text or the files? Prints a table and
-appends a line to benchmarks/results.jsonl.
+what opening and reading the files twice costs any program: is it the text or the files? Prints a table.
 """
-import json
+import argparse
 import os
 import random
 import resource
@@ -16,6 +15,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from results import keep
+
 import LakhMIDI as study
 
 LENGTHS = (300, 1_000, 3_000, 10_000, 30_000)  # characters per tune: a folk tune ... a long file of Lakh
@@ -52,12 +53,17 @@ def peak_megabytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def main(folder=None, total=20_000_000):
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--folder", help="to write in")
+    parser.add_argument("--chars", type=int, default=20_000_000, help="per corpus")
+    args = parser.parse_args()
     rows = [{"chars_per_tune": 0, "peak_MB": peak_megabytes()}]
-    with tempfile.TemporaryDirectory(dir=folder) as root:
+    with tempfile.TemporaryDirectory(dir=args.folder) as root:
         for length in LENGTHS:
             cfg = study.Cfg(DATA_ROOT=Path(root, str(length)))
-            tunes = make_corpus(Path(cfg.DATA_ROOT), length, int(total))
+            tunes = make_corpus(Path(cfg.DATA_ROOT), length, args.chars)
             only_read(tunes, cfg)  # from the disk into the cache of the system
             reading, _ = cpu_seconds(only_read, tunes, cfg)
             vocab_s, vocab = cpu_seconds(study.build_vocab, tunes, cfg)
@@ -69,9 +75,8 @@ def main(folder=None, total=20_000_000):
     print(" | ".join(rows[1]), "(peak_MB at the start:", f"{rows[0]['peak_MB']:.0f})")
     for row in rows[1:]:
         print(" | ".join(f"{value:,.1f}" for value in row.values()))
-    with open(Path(__file__).parent / "results.jsonl", "a", encoding="utf-8") as out:
-        out.write(json.dumps({"benchmark": "tokenize", "cores": os.cpu_count(), "rows": rows}) + "\n")
+    keep("tokenize", cores=os.cpu_count(), rows=rows)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -4,13 +4,11 @@
     python benchmarks/bench_train.py DATA_ROOT --parts ablate --seeds 3   what each part of the recipe buys
     python benchmarks/bench_train.py DATA_ROOT --parts options            what each way of running it costs
 
-DATA_ROOT holds tokens/ as `python LakhMIDI.py --to tokenize --DATA_ROOT DATA_ROOT` writes them. Prints tables
-and appends a line for each training to benchmarks/results.jsonl.
+DATA_ROOT holds tokens/ as `python LakhMIDI.py --to tokenize --DATA_ROOT DATA_ROOT` writes them.
 """
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import re
 import statistics
@@ -24,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.nn.functional as F
+from results import keep
 from torch import nn
 
 import LakhMIDI as study
@@ -33,7 +32,7 @@ make_optimizers = study.make_optimizers
 # Dense matrix products per second in 16 bits, by the makers' data sheets.
 PEAK_FLOPS = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
               "L40S": 362e12, "L4": 121e12, "T4": 65e12}
-RESULTS = Path(__file__).with_name("results.jsonl")
+DONE = {}  # the trainings of each part
 
 
 class Rival(nn.Module):
@@ -267,8 +266,8 @@ def train_once(args, part, label, model, seed=1, steps=math.inf, **knobs):
 
 
 def record(row):
-    with open(RESULTS, "a", encoding="utf-8") as out:
-        out.write(json.dumps({"bench": "train", **row}) + "\n")
+    DONE.setdefault(row["part"], []).append(row)
+    keep("train", row["part"], rows=DONE[row["part"]])
 
 
 def sweep(args):

@@ -5,10 +5,9 @@
 
 What counts as one work is known for the folders of POP909 (a song and its versions), for edits made here
 (transposed, halved, cut ...), and hinted at by equal titles in the folk books bundled with music21, though a
-title may name two tunes. Known to be different are pop songs and folk tunes. Prints tables and appends a line
-to benchmarks/results.jsonl.
+title may name two tunes. Known to be different are pop songs and folk tunes. Prints tables.
 """
-import json
+import argparse
 import re
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
+from results import keep
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import LakhMIDI as study
@@ -250,23 +250,26 @@ def show(rows):
         print(" | ".join(cells))
 
 
-def main(*arguments):
-    archives = [name for name in arguments if name != "--scale"]
-    works = load(archives)
-    result = {"benchmark": "works", "files": dict(Counter(corpus for corpus, *_ in works))}
-    print(result["files"])
-    if "--scale" in arguments:
-        result |= {"scale": scale(), "chains": chains(works)}
-        show(result["scale"])
-        show(result["chains"])
-    else:
-        result["quality"] = quality(works)
-        show(result["quality"])
-        by_edit = result["quality"][0]["edits"]
-        print("recall by edit:", {name: round(share, 3) for name, share in by_edit.items()})
-    with open(Path(__file__).parent / "results.jsonl", "a", encoding="utf-8") as out:
-        out.write(json.dumps(result, default=study.json_default) + "\n")
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("archives", nargs="+")
+    parser.add_argument("--scale", action="store_true", help="speed, memory and chains instead of quality")
+    args = parser.parse_args()
+    works = load(args.archives)
+    files = dict(Counter(corpus for corpus, *_ in works))
+    print(files)
+    if args.scale:
+        rows, links = scale(), chains(works)
+        show(rows)
+        show(links)
+        keep("works", "scale", files=files, scale=rows, chains=links)
+        return
+    rows = quality(works)
+    show(rows)
+    print("recall by edit:", {name: round(share, 3) for name, share in rows[0]["edits"].items()})
+    keep("works", "quality", files=files, quality=rows)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
