@@ -39,7 +39,6 @@ import difflib
 import functools
 import gzip
 import hashlib
-import heapq
 import html
 import importlib.metadata
 import importlib.util
@@ -50,6 +49,7 @@ import json
 import lzma
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -66,6 +66,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +78,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import jinja2
 import numpy as np
+import portalocker
 import requests
 import soundfile
 import symusic
@@ -226,6 +228,7 @@ class Cfg(metaclass=KnobType):
         checked = {name: checked_knob(type(self), name, value) for name, value in knobs.items()}
         vars(self)["given"] = self.given | checked
         vars(self).update(settled(self.given))
+        vars(self).pop("seen", None)
 
     @classmethod
     def smoke(cls, root, **knobs):
@@ -238,13 +241,16 @@ class Cfg(metaclass=KnobType):
     # --- derived values
     @property
     def source(self):
-        """What identifies the MIDI files of this study; UserError if they are not there."""
-        return vars(self).get("pinned_source") or source_id(self)
+        """What identifies the music of this study, wherever it is; UserError if it is nowhere."""
+        seen = vars(self).get("seen", {})
+        if not seen:
+            seen.update(source_id(self))
+        return dict(seen)
 
     def pinned(self):
         """A copy that looks at its source once and for all: one run, one answer."""
         cfg = copy.copy(self)
-        vars(cfg)["pinned_source"] = self.source
+        vars(cfg).setdefault("seen", {})
         return cfg
 
     @property
@@ -252,11 +258,11 @@ class Cfg(metaclass=KnobType):
         """The music of this study in words."""
         if self.LMD_DOWNLOAD:
             return f"the Lakh MIDI Dataset ({self.LMD_DOWNLOAD})"
+        if self.DATASET:  # what that came to is known once it is there
+            index = read_json(self.DATA_ROOT / "midi_index.json", {})
+            return f"The Session ({self.DATASET})" if extract.stale(self) else index["corpus"]
         if self.LMD_ZIP_PATH:
             return Path(self.LMD_ZIP_PATH).name
-        if self.DATASET:  # what that came to is known once it is there
-            index = read_json(Path(self.DATA_ROOT, "midi_index.json"), {})
-            return index["corpus"] if index.get("source") == self.source else f"The Session ({self.DATASET})"
         return f"folder {self.LOCAL_MIDI_ROOT}" if self.USE_LOCAL_MIDI else FOLK
 
     @property
@@ -273,8 +279,14 @@ class Cfg(metaclass=KnobType):
     def tokens_root(self):
         return Path(self.DATA_ROOT, "tokens")
 
+    def left_open(self):
+        """{knob: value} of what the device decided; SAVE_DIR keeps it, and a laptop goes on with a GPU's."""
+        return {name: getattr(self, name) for name in ("STUDY", "SAMPLES", "SAMPLE_CHARS")
+                if self.given[name] in ("auto", 0)}
+
     def check(self):
         """Raises UserError for knobs that are each of the right type and make no sense together."""
+        source_path(self)
         need(self.DEVICE in ("auto", "cpu", "cuda"), f"DEVICE is {self.DEVICE!r}; choose auto, cpu or cuda")
         need(self.DEVICE != "cuda" or torch.cuda.is_available(),
              "DEVICE is cuda, but torch sees no CUDA GPU; use cpu")
@@ -318,18 +330,19 @@ def knob_names(cls=Cfg):
 def settled(given):
     """{knob: its value in this study} for the knobs as they were given: what was left open gets its value."""
     device, study = given["DEVICE"], given["STUDY"]
+    kept = read_json(Path(given["SAVE_DIR"], "manifests", "train.json"), {}).get("study", {})
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if study == "auto":
-        study = "full" if device == "cuda" else "cpu"
+        study = kept.get("STUDY", "full" if device == "cuda" else "cpu")
     need(study in STUDIES, f"STUDY is {study!r}; choose auto, {', '.join(STUDIES)}")
     linux = hasattr(os, "sched_getaffinity")  # which knows the cores that this process may use
     defaults = {
         "TRAIN_TOKENS_TARGET": STUDIES[study].tokens,
         "BATCH_TOKENS": STUDIES[study].batch_tokens,
         "SEQ_LEN": STUDIES[study].seq_len,
-        "SAMPLES": 500 if device == "cuda" else 20,
-        "SAMPLE_CHARS": 4_000 if device == "cuda" else 1_200,
+        "SAMPLES": kept.get("SAMPLES", 500 if device == "cuda" else 20),
+        "SAMPLE_CHARS": kept.get("SAMPLE_CHARS", 4_000 if device == "cuda" else 1_200),
         "WORKERS": len(os.sched_getaffinity(0)) if linux else os.cpu_count(),
         "MIDI_ROOT": Path(given["DATA_ROOT"], "midi"),
         "ABC_ROOT": Path(given["DATA_ROOT"], "abc")}
@@ -380,7 +393,13 @@ def knob_help():
 
 
 # ============================================================================================================
-# 2 Plumbing: files that are whole or absent, stages that know whether they are up to date
+# 2 Plumbing: files that are whole or absent, stages that know whether they are up to date, one run per folder
+#
+# A stage reads what earlier stages wrote and writes its outputs, then a manifest of both by what they hold.
+# Names, dates and places are no part of it: a folder that is copied, moved or touched stays up to date, one
+# changed byte does not. Contents are hashed once and remembered by inode, time of change and size, which
+# makes --status on 178,000 files about as fast as listing them. What a killed run leaves half done has no
+# manifest, and is done again or gone on with.
 # ============================================================================================================
 
 
@@ -393,18 +412,20 @@ def atomic_path(path):
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}; see to that and run again") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that is none
+            partial.unlink()
 
 
 def write_text(path, text):
-    with atomic_path(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+    with atomic_path(path) as partial:  # a name of a file may hold bytes that are no UTF-8
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path, data):
-    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False, default=json_default)
-    write_text(path, text + "\n")
+    write_text(path, json.dumps(data, indent=1, allow_nan=False, default=json_default) + "\n")
 
 
 def json_default(value):
@@ -413,11 +434,12 @@ def json_default(value):
 
 
 def read_json(path, missing=None):
-    """The content of a JSON file, or `missing` where there is no such file or it was cut off."""
+    """The content of a JSON file, or `missing` where there is none, or none of the type of `missing`."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return missing
+    return data if missing is None or type(data) is type(missing) else missing
 
 
 def read_jsonl(path):
@@ -427,7 +449,7 @@ def read_jsonl(path):
 
 
 def write_jsonl(path, rows):
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def digest(data):
@@ -448,80 +470,206 @@ def progress(iterable=None, desc=None, total=None, unit="it", **options):
                 leave=False, **options)
 
 
-def size_on_disk(path):
-    """Bytes of a file; [files, bytes] of a folder; None where there is nothing."""
+def files_below(folder):
+    """Yields (path relative to `folder`, os.stat_result, None for what is no file) in a fixed order.
+
+    Links are followed and each folder is entered once. What desktops leave behind is left out.
+    """
+    entered, todo = set(), [""]
+    while todo:
+        base = todo.pop()
+        here = os.stat(os.path.join(folder, base))
+        if (here.st_dev, here.st_ino) in entered:
+            continue
+        entered.add((here.st_dev, here.st_ino))
+        with os.scandir(os.path.join(folder, base)) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.is_dir():
+                todo.append(f"{base}{entry.name}/")
+            elif entry.name not in (".DS_Store", "Thumbs.db", "desktop.ini"):
+                yield base + entry.name, entry.stat() if entry.is_file() else None
+
+
+def content(path, memory, wanted=lambda name: True):
+    """16 digits for what a file, or a folder in its `wanted` names, holds; None where there is nothing.
+
+    `memory` is the folder whose hashed.json remembers them.
+    """
     path = Path(path)
     if path.is_dir():
-        sizes = [os.path.getsize(os.path.join(base, name))
-                 for base, _, names in os.walk(path) for name in names if name[0] != "."]  # .DS_Store
-        return [len(sizes), sum(sizes)]
-    return path.stat().st_size if path.exists() else None
+        files = [(name, facts) for name, facts in files_below(path) if facts and wanted(name)]
+    elif path.is_file():
+        files = [("", path.stat())]
+    else:
+        return None
+    facts = [f"{name}\0{s.st_ino} {s.st_ctime_ns} {s.st_mtime_ns} {s.st_size}" for name, s in files]
+    key = hashlib.sha256("\n".join(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    known = read_json(Path(memory, "hashed.json"), {})
+    if key not in known:
+        sums = [(name, file_digest(path / name)) for name, _ in progress(files, "looking", unit="file")]
+        known = dict([*known.items()][-500:])
+        known[key] = digest(sums) if path.is_dir() else sums[0][1]
+        with contextlib.suppress(UserError):  # in a folder that is only read they are hashed each time
+            write_json(Path(memory, "hashed.json"), known)
+    return known[key]
 
 
-def stage(version, knobs, after=None, root="DATA_ROOT", by_all=False):
-    """Makes a function of files out of `body(cfg) -> [paths of its outputs]`: skipped while it is up to date.
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
-    Up to date means: the manifest, which is written last, names the recipe of today (the knobs, `version`,
-    and the recipes of all stages before), and every output has the size recorded in it. Raise `version` when
-    the code of a stage changes what it writes. The decorated function takes (cfg, force=False) and returns
-    whether there was any work. Among several processes it is rank 0 that does it, or `by_all` of them.
+
+@contextlib.contextmanager
+def owned(cfg, root, shared=False):
+    """Keeps a root folder for this run, from all others or (`shared`) from those that would write there.
+
+    Yields a function that begins to share it. The system takes the lock back when this process ends, however
+    it does. Raises UserError if another run has the folder, or nothing can be written there.
     """
-    def decorate(body):
-        name = body.__name__
+    folder = getattr(cfg, root)
+    hint = f"or set {root} to another folder"
+    try:
+        Path(folder, "manifests").mkdir(parents=True, exist_ok=True)
+        file = open(folder / "manifests" / f"{root}.lock", "a+", encoding="utf-8")
+    except OSError as error:
+        need(shared, f"can't write to {folder} ({error.strerror}): change that, {hint}")
+        yield None  # a folder that can only be read needs no lock
+        return
+    with file:
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=file.close)  # or a worker that outlives us would keep the lock
+        kind = portalocker.LOCK_SH if shared else portalocker.LOCK_EX
+        try:
+            portalocker.lock(file, kind | portalocker.LOCK_NB)
+        except portalocker.AlreadyLocked as error:
+            file.seek(0)
+            raise UserError(f"{folder} is in use by {file.read()}: wait for its end, {hint}") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M')}")
+        file.flush()
+        yield functools.partial(portalocker.lock, file, portalocker.LOCK_SH)
 
-        def manifest_path(cfg):
-            return Path(getattr(cfg, root), "manifests", f"{name}.json")
 
-        def recipe(cfg):
-            values = {knob: getattr(cfg, knob) for knob in knobs.split()}
-            values = json.loads(json.dumps(values, default=json_default))  # as the manifest will hold them
-            return {"stage": name, "version": version, "knobs": values,
-                    "after": digest(after.recipe(cfg)) if after else None}
+class Stage:
+    """A function of files: `body(cfg)` writes them and returns their paths. Skipped while it is up to date.
 
-        def status(cfg):
-            """"up to date", or why not."""
-            found, today = read_json(manifest_path(cfg)), recipe(cfg)
-            if not found:
-                return "not run"
-            then = found["recipe"]
-            stale = [knob for knob, value in today["knobs"].items() if then["knobs"].get(knob) != value]
-            if stale:
-                return "stale: " + ", ".join(stale) + " changed"
-            if then != today:
-                same = then["version"] == version
-                return "stale: an earlier stage changed" if same else "stale: newer code"
-            changed = [path for path, size in found["outputs"].items() if size_on_disk(path) != size]
-            return f"stale: {changed[0]} changed" if changed else "up to date"
+    Up to date means: the manifest names the recipe of today (`version`, the values of `knobs`, what the
+    outputs of the stages in `reads` hold), and every output holds what is recorded there. Raise `version`
+    when the code changes what it writes. Called with (cfg, force=False) it returns whether there was work to
+    do. Among several processes it is rank 0 that does it, or `by_all` of them.
+    """
 
-        @functools.wraps(body)
-        def run(cfg, force=False):
-            cfg = cfg.pinned()
-            cfg.check()
-            if after is not None:
-                need(after.status(cfg) == "up to date",
-                     f"{name} needs {after.__name__}, which is {after.status(cfg)}; run with --to {name}")
-            first, done = ranks()[0] == 0, not force and status(cfg) == "up to date"
-            wait_for_ranks()  # until all have looked; then one of them may write
-            if done:
-                if first:
-                    say(f"{name:9s} up to date")
-                return False
-            today, began = recipe(cfg), time.time()
+    def __init__(self, body, version, knobs, reads=(), root="DATA_ROOT", by_all=False):
+        functools.update_wrapper(self, body)
+        self.body, self.version, self.knobs = body, version, knobs.split()
+        self.reads, self.root, self.by_all = reads, root, by_all
+
+    def __call__(self, cfg, force=False):
+        return carry_out([self], cfg, force)
+
+    def folder(self, cfg):
+        return getattr(cfg, self.root) / "manifests"
+
+    def manifest(self, cfg):
+        """recipe, study, goes_on, outputs ({path: content}, None until it is finished); {} without one."""
+        found = read_json(self.folder(cfg) / f"{self.__name__}.json", {})
+        return found if "outputs" in found and found["recipe"]["stage"] == self.__name__ else {}
+
+    def recipe(self, cfg):
+        recipe = {"stage": self.__name__, "version": self.version,
+                  "knobs": {knob: getattr(cfg, knob) for knob in self.knobs},
+                  "inputs": {one.__name__: one.identity(cfg) for one in self.reads}}
+        return json.loads(json.dumps(recipe, default=json_default))  # as the manifest will hold it
+
+    def identity(self, cfg):
+        """16 digits for what the outputs held when they were written, pictures left out."""
+        outputs = self.manifest(cfg).get("outputs") or {}
+        return digest({path: held for path, held in outputs.items() if not path.endswith(".png")})
+
+    def stale(self, cfg):
+        """Why the manifest is not of the recipe of today, "" if it is; looks at no output."""
+        found, today = self.manifest(cfg), self.recipe(cfg)
+        if not found:
+            return "not run"
+        then = found["recipe"]
+        changed = [knob for knob, value in today["knobs"].items() if then["knobs"].get(knob) != value]
+        if changed:
+            return f"stale: {', '.join(changed)} changed"
+        if then["version"] != self.version:
+            return "stale: newer code"
+        if then != today or any(one.stale(cfg) for one in self.reads):
+            return "stale: an earlier stage changed"
+        return "" if found["outputs"] else "not finished"
+
+    def status(self, cfg):
+        """"up to date", or why not."""
+        if reason := self.stale(cfg):
+            return reason
+        for place, held in self.manifest(cfg)["outputs"].items():
+            root, *rest = place.split("/")
+            path = Path(getattr(cfg, root), *rest)
+            if content(path, self.folder(cfg)) != held:
+                return f"stale: {path} {'changed' if path.exists() else 'is gone'}"
+        return "up to date"
+
+    def work(self, cfg, force):
+        """Does what is left to do, in a folder that this run owns."""
+        name = self.__name__
+        for one in self.reads:
+            need((state := one.status(cfg)) == "up to date",
+                 f"{name} needs {one.__name__}, which is {state}; run with --to {name}")
+        first, done = ranks()[0] == 0, not force and self.status(cfg) == "up to date"
+        wait_for_ranks()  # until all have looked; then one of them may write
+        if done:
             if first:
-                manifest_path(cfg).unlink(missing_ok=True)
-            if first or by_all:
-                outputs = body(cfg)
-            if first:
-                sizes = {str(path): size_on_disk(path) for path in outputs}
-                write_json(manifest_path(cfg), {"recipe": today, "seconds": round(time.time() - began, 1),
-                                                "outputs": sizes})
-                say(f"{name:9s} done in {time.time() - began:.0f} s")
-            wait_for_ranks()
-            return True
+                say(f"{name:9s} up to date")
+            return False
 
-        run.recipe, run.status = recipe, status
-        return run
-    return decorate
+        before, path, began = self.manifest(cfg), self.folder(cfg) / f"{name}.json", time.time()
+        facts = {"recipe": self.recipe(cfg), "study": cfg.left_open()}
+        facts["goes_on"] = not force and before.get("recipe") == facts["recipe"] and not before["outputs"]
+        if first:
+            write_json(path, facts | {"outputs": None})
+        outputs = self.body(cfg) if first or self.by_all else []
+        if first:
+            outputs = {place_of(output, cfg): content(output, self.folder(cfg)) for output in outputs}
+            write_json(path, facts | {"outputs": outputs, "seconds": round(time.time() - began, 1)})
+            say(f"{name:9s} done in {time.time() - began:.0f} s")
+        wait_for_ranks()
+        return True
+
+
+def stage(**facts):
+    return lambda body: Stage(body, **facts)
+
+
+def place_of(path, cfg):
+    """A path as manifests name it, wherever the root folders are: ABC_ROOT/report.jsonl."""
+    for root in ("MIDI_ROOT", "ABC_ROOT", "DATA_ROOT", "SAVE_DIR"):
+        if path.is_relative_to(getattr(cfg, root)):
+            return Path(root, path.relative_to(getattr(cfg, root))).as_posix()
+
+
+def carry_out(stages, cfg, force=False):
+    """Does what is left of some stages, in order, as the only run that writes to their folders; returns
+    whether there was anything. What is only read is shared with other runs.
+    """
+    cfg = cfg.pinned()
+    cfg.check()
+    mine = stages if ranks()[0] == 0 else []  # the locks are rank 0's
+    roots = {one.root for one in mine if force or one.status(cfg) != "up to date"}
+    with contextlib.ExitStack() as locks:
+        share = roots and locks.enter_context(owned(cfg, "DATA_ROOT", shared="DATA_ROOT" not in roots))
+        if "SAVE_DIR" in roots:
+            locks.enter_context(owned(cfg, "SAVE_DIR"))
+        worked = []
+        for one in stages:
+            if share and one.root == "SAVE_DIR":
+                share()
+            worked.append(one.work(cfg, force))
+    return any(worked)
 
 
 # ============================================================================================================
@@ -554,26 +702,46 @@ class Skip(Exception):
     """Why one file is left out; its text is the reason in the books."""
 
 
-def source_id(cfg):
-    """A dict that tells the source from any other without reading it. Raises UserError if there is none."""
+def source_path(cfg):
+    """The file or folder of the source, None if it is bundled or comes from elsewhere. Raises UserError."""
     knobs = ("LMD_DOWNLOAD", "LMD_ZIP_PATH", "USE_LOCAL_MIDI", "DATASET")
     chosen = [knob for knob in knobs if getattr(cfg, knob)]
     need(len(chosen) <= 1, f"{' and '.join(chosen)} each name a source of music; set only one of them")
+    need(not cfg.LMD_DOWNLOAD or cfg.LMD_DOWNLOAD in LAKH,
+         f"LMD_DOWNLOAD is {cfg.LMD_DOWNLOAD!r}; choose {', '.join(LAKH)}")
+    need(cfg.USE_LOCAL_MIDI or not cfg.LOCAL_MIDI_ROOT,
+         "LOCAL_MIDI_ROOT is read with USE_LOCAL_MIDI only: add --USE_LOCAL_MIDI True, or leave it out")
+    if not chosen or cfg.LMD_DOWNLOAD or cfg.DATASET == "thesession":
+        return None
+    path = Path(cfg.LOCAL_MIDI_ROOT if cfg.USE_LOCAL_MIDI else cfg.LMD_ZIP_PATH or cfg.DATASET)
+    if not path.exists() and was_read(path, cfg):
+        return path
+    if cfg.USE_LOCAL_MIDI:
+        need(cfg.LOCAL_MIDI_ROOT and path.is_dir(), f"LOCAL_MIDI_ROOT is {cfg.LOCAL_MIDI_ROOT!r}, no folder")
+    meant = difflib.get_close_matches(cfg.DATASET, ["thesession"])
+    hint = "did you mean thesession?" if meant else "--USE_LOCAL_MIDI True --LOCAL_MIDI_ROOT reads a folder"
+    need(cfg.USE_LOCAL_MIDI or path.is_file(), f"{chosen[0]}: there is no file {path}; {hint}")
+    return path
+
+
+def was_read(path, cfg):
+    """Whether the source was read to its end from a file or folder of that name."""
+    return read_json(cfg.DATA_ROOT / "midi_index.json", {}).get("name") == Path(os.path.abspath(path)).name
+
+
+def source_id(cfg):
+    """A dict that tells the source from any other. Raises UserError if there is none."""
+    path = source_path(cfg)
     if cfg.LMD_DOWNLOAD:
-        need(cfg.LMD_DOWNLOAD in LAKH, f"LMD_DOWNLOAD is {cfg.LMD_DOWNLOAD!r}; choose {', '.join(LAKH)}")
-        return dict(zip(("archive", "sha256"), LAKH[cfg.LMD_DOWNLOAD], strict=True))
+        return {"content": LAKH[cfg.LMD_DOWNLOAD][1][:16]}
     if cfg.DATASET == "thesession":
         return {"dump": THESESSION_URL}
-    if cfg.LMD_ZIP_PATH or cfg.DATASET:
-        path = Path(cfg.LMD_ZIP_PATH or cfg.DATASET)
-        need(path.is_file(), f"{chosen[0]}: there is no file {path} (LOCAL_MIDI_ROOT takes a folder)")
-        return {"archive": path.name, "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
-    if cfg.USE_LOCAL_MIDI:
-        root = cfg.LOCAL_MIDI_ROOT
-        need(root and os.path.isdir(root), f"USE_LOCAL_MIDI: LOCAL_MIDI_ROOT {root!r} is no folder")
-        found = sorted((name, os.lstat(path)) for name, path in walk(root) if is_midi(name))
-        return {"folder": root, "digest": digest([(name, s.st_size, s.st_mtime_ns) for name, s in found])}
-    return {package: importlib.metadata.version(package) for package in ("music21", "symusic")}
+    if path is None:
+        return {package: importlib.metadata.version(package) for package in ("music21", "symusic")}
+    if not path.exists():
+        say(f"note      {path} is gone: whether it is what was read from it can't be checked any more")
+        return read_json(cfg.DATA_ROOT / "midi_index.json")["source"]
+    return {"content": content(path, cfg.DATA_ROOT / "manifests", is_midi)}
 
 
 # --- names
@@ -587,29 +755,55 @@ def rank(name):
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def check_name(name, suffixes=MIDI_SUFFIXES):
-    """The parts of a name; raises Skip for what is no music file, or would lead out of its folder."""
-    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")]
-    if not name.lower().endswith(suffixes):
-        raise Skip(f"not {', '.join(suffixes)}")  # an archive in the archive, too
-    if name[0] in "/\\" or name[1] == ":" or ".." in parts:
-        raise Skip("unsafe path")
-    if any(part.startswith((".", "__MACOSX")) for part in parts):
-        raise Skip("hidden")  # macOS packs a resource fork ._a.mid with every a.mid
+def check_name(name):
+    """Raises Skip for what is no music file, or can't be written under its name."""
+    parts = re.split(r"[/\\]", name)
+    if name.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")):
+        raise Skip("an archive in the source; unpack it and read the folder")
+    if not is_midi(name):
+        raise Skip(f"not {', '.join(MIDI_SUFFIXES)}")
+    if "__MACOSX" in parts or parts[-1].startswith("._"):
+        raise Skip("resource fork of macOS")  # which packs ._a.mid with every a.mid
+    if parts[-1].lower() in MIDI_SUFFIXES:
+        raise Skip("no name before the suffix")
     if any(part.lower().endswith(".abc") for part in parts[:-1]):
         raise Skip("in a folder named .abc")  # the text of a.mid is a.mid.abc
     longest = max(len(part.encode("utf-8", "surrogatepass")) for part in parts)
     if len(name) > 400 or longest > 230:  # file systems take 255 bytes, and suffixes are to come
         raise Skip("name too long")
-    return parts
+
+
+def choose(entries, limit):
+    """The places of the music files among [(name, why not to read it or "")], and a Counter of why others are
+    none; of more than `limit` (0: no limit) those of lowest rank.
+    """
+    places, skipped = [], Counter()
+    for place, (name, fault) in enumerate(entries):
+        try:
+            check_name(name)
+            if fault:
+                raise Skip(fault)
+            places.append(place)
+        except Skip as reason:
+            skipped[str(reason)] += 1
+    if limit and len(places) > limit:
+        skipped["over MAX_MIDI_FILES"] = len(places) - limit
+        places = sorted(places, key=lambda place: rank(entries[place][0]))[:limit]
+    return sorted(places), skipped
 
 
 # Reserved and control characters, bytes that are no UTF-8 (to tarfile: surrogates), a final dot or blank.
 UNPORTABLE = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]|[. ]\Z')
 
 
-def portable_path(parts, taken):
-    """A path for every file system, unlike all in the set `taken` even where case does not count."""
+def portable_path(name, taken):
+    """A relative path for every file system, unlike all in the set `taken` even where case does not count.
+
+    Raises Skip for a name that would lead out of the folder.
+    """
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")]
+    if name[0] in "/\\" or name[1] == ":" or ".." in parts:
+        raise Skip("unsafe path")
     *folders, file = (UNPORTABLE.sub("_", part) for part in parts)
     folders = [folder + "_" * is_midi(folder) for folder in folders]  # a.mid/b.mid must not bar a.mid
     stem, suffix = os.path.splitext("/".join([*folders, file]))
@@ -620,42 +814,45 @@ def portable_path(parts, taken):
     return path
 
 
-# --- archives: generators of (name of a member, function that reads it or raises Skip)
+# --- archives: lists of (name, why it is not to be read or "", function that reads it)
 
-def check_bomb(path, unpacked):
+def size_fault(size):
+    """Why a file of that many bytes is not read, or ""."""
+    return "empty" if not size else f"larger than {MAX_FILE_BYTES >> 20} MiB" if size > MAX_FILE_BYTES else ""
+
+
+def check_bomb(path, unpacked, members):
     limit = min(MAX_UNPACKED_BYTES, FREE_RATIO_BYTES + MAX_RATIO * os.path.getsize(path))
     need(unpacked <= limit, f"{path} unpacks to more than {limit:,} bytes: refused as made to do harm")
+    need(members <= MAX_MEMBERS, f"{path} holds more than {MAX_MEMBERS:,} files: refused as made to do harm")
 
 
-def zip_members(path):
-    with zipfile.ZipFile(path) as archive:
-        infos = [info for info in archive.infolist() if not info.is_dir()]
-        check_bomb(path, sum(info.file_size for info in infos))  # zipfile reads no more than is declared
-        for info in progress(infos, "extract", unit="file"):
-            yield info.orig_filename, functools.partial(read_zip_member, archive, info)
+def zip_members(path, archive):
+    infos = [info for info in archive.infolist() if not info.is_dir()]
+    check_bomb(path, sum(info.file_size for info in infos), len(infos))  # zipfile reads no more than declared
+    return [(info.orig_filename, zip_fault(info), functools.partial(read_zip_member, archive, info))
+            for info in infos]
+
+
+def zip_fault(info):
+    if info.flag_bits & 1:
+        return "encrypted"
+    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+        return "link or device"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
+        return "packed by another method than deflate"
+    return size_fault(info.file_size)
 
 
 def read_zip_member(archive, info):
-    if info.flag_bits & 1:
-        raise Skip("encrypted")
-    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-        raise Skip("link or device")
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
-        raise Skip("packed by another method than deflate")
     try:
-        with archive.open(info) as member:
-            return member.read(MAX_FILE_BYTES + 1)
+        return archive.read(info)
     except DAMAGED as error:
         raise Skip("damaged in the archive") from error
 
 
 class StrictTarInfo(tarfile.TarInfo):
     """tarfile takes a damaged header for the end of the archive, and reads long names of any length."""
-
-    def refuse_sparse(self, *_):
-        raise tarfile.ReadError("a sparse file")  # its map may be of any length
-
-    _proc_sparse = _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = refuse_sparse
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
@@ -665,34 +862,31 @@ class StrictTarInfo(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
-        if not info.isreg() and info.size > 2**20:
+        if info.type not in tarfile.REGULAR_TYPES and info.size > 2**20:
             raise tarfile.ReadError("a header of more than 1 MiB")
         return info
 
 
-def tar_members(path):
-    """Read once, in order, and decompressed to the end, which is where the checksum stands."""
-    openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
-    bar = {"total": os.path.getsize(path), "desc": "extract", "delay": 1, "leave": False}
-    with open(path, "rb") as file, tqdm.wrapattr(file, "read", **bar) as packed:
-        stream = openers.get(file.read(2), lambda packed: packed)(packed)
-        file.seek(0)
-        with tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as tar:
-            for member in iter(tar.next, None):
-                tar.members.clear()  # or memory would grow with the archive
-                check_bomb(path, tar.offset)
-                if not member.isdir():
-                    yield member.name, functools.partial(read_tar_member, tar, member)
-        unpacked = tar.offset
-        while rest := stream.read(2**20):
-            unpacked += len(rest)
-            check_bomb(path, unpacked)
+def tar_members(path, stream):
+    """Reads the archive to its end, which is where the checksum stands, and notes where its files lie."""
+    members = []
+    with tarfile.open(fileobj=stream, mode="r:", tarinfo=StrictTarInfo) as tar:
+        for member in progress(iter(tar.next, None), "looking", unit="file"):
+            tar.members.clear()  # or memory would grow with the archive
+            check_bomb(path, tar.offset, len(members))
+            fault = size_fault(member.size) if member.isreg() and not member.issparse() else "link or device"
+            read = functools.partial(read_part, stream, member.offset_data, member.size)
+            members += [] if member.isdir() else [(member.name, fault, read)]
+        unpacked = stream.seek(tar.offset)
+    while rest := stream.read(2**20):
+        unpacked += len(rest)
+        check_bomb(path, unpacked, len(members))
+    return members
 
 
-def read_tar_member(tar, member):
-    if not member.isreg():
-        raise Skip("link or device")
-    return tar.extractfile(member).read(MAX_FILE_BYTES + 1)
+def read_part(stream, offset, size):
+    stream.seek(offset)
+    return stream.read(size)
 
 
 # What reading an archive may raise.
@@ -702,10 +896,18 @@ DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOF
 
 def read_archive(path, cfg):
     """The books of an archive, known by its content. Raises UserError if it can't be read to its end."""
+    openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
     try:
         with open(path, "rb") as file:
-            members = zip_members if file.read(4) in (b"PK\3\4", b"PK\5\6") else tar_members
-        return write_members(members(path), cfg)
+            magic = file.read(4)
+            file.seek(0)
+            zipped = magic in (b"PK\3\4", b"PK\5\6")
+            opener = zipfile.ZipFile if zipped else openers.get(magic[:2], contextlib.nullcontext)
+            with opener(file) as opened:
+                members = (zip_members if zipped else tar_members)(path, opened)
+                places, skipped = choose([member[:2] for member in members], cfg.MAX_MIDI_FILES)
+                chosen = progress([members[place] for place in places], "extract", unit="file")
+                return write_members(((name, read) for name, _, read in chosen), cfg, skipped)
     except DAMAGED as error:
         raise UserError(f"{path} is no ZIP or tar archive, or is cut off or damaged ({error})") from error
 
@@ -1102,87 +1304,61 @@ def fetch_rest(url, part):
 
 # --- the stage
 
-def collect(members, limit, take, suffixes=MIDI_SUFFIXES):
-    """The books over `members`: `take(name, parts, read)` returns the path of a file or raises Skip.
-
-    Memory holds names only. Of more than `limit` files (0: no limit) those of lowest rank are kept.
-    """
-    seen, skipped, kept = 0, Counter(), []  # a heap: what an archive holds is known only at its end
-    for seen, (name, read) in enumerate(members, 1):
-        need(seen <= MAX_MEMBERS, f"more than {MAX_MEMBERS:,} files")
-        try:
-            parts = check_name(name, suffixes)
-            if limit and len(kept) == limit and -rank(name) < kept[0][0]:
-                raise Skip("over MAX_MIDI_FILES")
-            heapq.heappush(kept, (-rank(name), take(name, parts, read)))
-            if limit and len(kept) > limit:
-                heapq.heappop(kept)  # its file stays on the disk, unused
-                raise Skip("over MAX_MIDI_FILES")
-        except Skip as reason:
-            skipped[str(reason)] += 1
-    return {"files": sorted(path for _, path in kept), "skipped": dict(skipped), "seen": seen}
-
-
-def check_size(size):
-    if not 0 < size <= MAX_FILE_BYTES:
-        raise Skip(f"larger than {MAX_FILE_BYTES >> 20} MiB" if size else "empty")
-
-
-def write_members(members, cfg, suffixes=MIDI_SUFFIXES):
-    """Writes music files below MIDI_ROOT; returns the books. Raises UserError for a folder filled by others.
+def write_members(members, cfg, skipped=()):
+    """Writes the music of [(name, function that reads it or raises Skip)] below MIDI_ROOT, not more than
+    MAX_MIDI_FILES; returns the books. `skipped` counts what was left out before. Raises UserError for a
+    folder filled by others.
 
     No fsync, no renaming: what a killed run left half written is in no index, and is written again.
     """
-    root, taken = cfg.MIDI_ROOT, set()
+    root, taken, files, skipped = cfg.MIDI_ROOT, set(), [], Counter(skipped)
     need(cfg.ABC_ROOT.resolve() != root.resolve(), "MIDI_ROOT and ABC_ROOT are one folder; set one of them")
     marker = root / ".extracted_by_LakhMIDI"  # all beside it is ours to replace
     need(not root.exists() or marker.exists() or not any(root.iterdir()),
          f"{root} holds other files; set MIDI_ROOT to an empty folder, or read them with USE_LOCAL_MIDI")
-
-    def take(name, parts, read):
-        path, data = root / portable_path(parts, taken), read()
-        check_size(len(data))
+    for name, read in members:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            marker.touch()
-            need(shutil.disk_usage(root).free > SPARE_DISK_BYTES, f"the disk of {root} is full")
-            path.unlink(missing_ok=True)  # rather than written into: it may be a link
-            path.write_bytes(data)
-        except OSError as error:
-            raise UserError(f"can't write {path}: {error.strerror}") from error
-        return path.relative_to(root).as_posix()
+            check_name(name)
+            if cfg.MAX_MIDI_FILES and len(files) == cfg.MAX_MIDI_FILES:
+                raise Skip("over MAX_MIDI_FILES")
+            path, data = root / portable_path(name, taken), read()
+            if fault := size_fault(len(data)):
+                raise Skip(fault)
+        except Skip as reason:
+            skipped[str(reason)] += 1
+            continue
+        write_new(path, data, marker)
+        files.append(path.relative_to(root).as_posix())
+    return {"files": sorted(files), "skipped": dict(skipped), "seen": len(files) + skipped.total()}
 
-    return collect(members, cfg.MAX_MIDI_FILES, take, suffixes)
 
-
-def walk(root):
-    """(relative POSIX path, path) of all files in a folder; links to folders are not followed."""
-    for base, _, files in os.walk(root):
-        for path in (os.path.join(base, file) for file in sorted(files)):
-            yield Path(os.path.relpath(path, root)).as_posix(), path
+def write_new(path, data, marker):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+        need(shutil.disk_usage(marker.parent).free > SPARE_DISK_BYTES, f"the disk of {marker.parent} is full")
+        path.unlink(missing_ok=True)  # rather than written into: it may be a link
+        path.write_bytes(data)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}; see to that and run again") from error
 
 
 def index_folder(cfg):
     """The books of LOCAL_MIDI_ROOT, which is only read."""
-    root = Path(cfg.LOCAL_MIDI_ROOT).resolve()
-    for knob, path in (("DATA_ROOT", cfg.DATA_ROOT), ("ABC_ROOT", cfg.ABC_ROOT), ("SAVE_DIR", cfg.SAVE_DIR)):
-        need(not Path(path).resolve().is_relative_to(root),
+    root = Path(cfg.LOCAL_MIDI_ROOT)
+    for knob in ("DATA_ROOT", "ABC_ROOT", "SAVE_DIR"):
+        need(not getattr(cfg, knob).resolve().is_relative_to(root.resolve()),
              f"{knob} is inside LOCAL_MIDI_ROOT, where nothing is written; move one of them")
-
-    def take(name, parts, path):
-        if re.search("[\ud800-\udfff]", name):
-            raise Skip("name that is not UTF-8")
-        if not os.path.isfile(path):
-            raise Skip("broken link or device")
-        check_size(os.path.getsize(path))
-        return name
-
-    return collect(walk(root), cfg.MAX_MIDI_FILES, take)
+    entries = [(name, size_fault(facts.st_size) if facts else "broken link or device")
+               for name, facts in files_below(root)]
+    places, skipped = choose(entries, cfg.MAX_MIDI_FILES)
+    files = sorted(entries[place][0] for place in places)
+    return {"files": files, "skipped": dict(skipped), "seen": len(entries)}
 
 
 def read_source(cfg):
     """The books of the source that the knobs name; its files are then below MIDI_ROOT."""
-    downloads = Path(cfg.DATA_ROOT, "downloads")
+    downloads = cfg.DATA_ROOT / "downloads"
     if cfg.USE_LOCAL_MIDI:
         return index_folder(cfg)
     if cfg.LMD_DOWNLOAD:
@@ -1202,14 +1378,14 @@ def read_source(cfg):
     return write_members(abc_members(folk_tunes(), plain_text, cfg), cfg) | {"corpus": FOLK}
 
 
-@stage(version=2, knobs="source MAX_MIDI_FILES MIDI_ROOT")
+@stage(version=3, knobs="source MAX_MIDI_FILES")
 def extract(cfg):
     """Puts the music files of the source into MIDI_ROOT; midi_index.json says which of those there to use."""
-    index = Path(cfg.DATA_ROOT, "midi_index.json")
+    index, path = cfg.DATA_ROOT / "midi_index.json", source_path(cfg)
     index.unlink(missing_ok=True)
-    books = {"corpus": cfg.corpus, "source": source_id(cfg), "root": str(cfg.MIDI_ROOT)} | read_source(cfg)
+    name = path and Path(os.path.abspath(path)).name
+    books = {"corpus": cfg.corpus, "source": cfg.source, "name": name} | read_source(cfg)
     files, skipped = books["files"], books["skipped"]
-    assert books["seen"] == len(files) + sum(skipped.values()), skipped
     need(files, f"no music files in {cfg.corpus}; skipped: {skipped or 'nothing'}")
     say(f"extract   {len(files):,} of {books['seen']:,} files; skipped: {skipped or 'none'}")
     write_json(index, books)
@@ -2434,95 +2610,90 @@ def convert_all(files, cfg):
     Few files are in flight, so that memory does not grow with their number.
     """
     jobs = collections.deque()
-    workers = max(1, cfg.WORKERS)
-
-    def oldest_row():
-        try:
-            return jobs.popleft().result()
-        except TimeoutError:
-            return {"reason": "timeout"}
-        except ProcessExpired:
-            return {"reason": "crashed"}
-
-    with ProcessPool(max_workers=workers, initializer=limit_worker) as pool:
+    with ProcessPool(max_workers=cfg.WORKERS, initializer=limit_worker) as pool:
         try:
             for file in files:
                 paths = cfg.MIDI_ROOT / file, abc_path(file, cfg)
                 jobs.append(pool.schedule(convert_file, (*paths, cfg), timeout=cfg.CONVERT_TIMEOUT))
-                if len(jobs) > 64 * workers:  # enough to keep the others busy while one takes its time
-                    yield oldest_row()
+                if len(jobs) > 64 * cfg.WORKERS:  # enough to keep the others busy while one takes its time
+                    yield row_of(jobs.popleft())
             while jobs:
-                yield oldest_row()
+                yield row_of(jobs.popleft())
         except BaseException:
             pool.stop()
             raise
 
 
-def open_journals(recipe, cfg):
-    """What the conversion has done: kept if this recipe wrote it, else removed with the texts that it or an
-    earlier report list.
+def row_of(job):
+    """The row of a file when its worker has come to an end with it."""
+    try:
+        return job.result()
+    except TimeoutError:
+        return {"reason": "timeout"}
+    except ProcessExpired:
+        return {"reason": "crashed"}
+    except BrokenProcessPool as error:
+        raise UserError("no worker process can start; a script that runs the study must do so below the line "
+                        "if __name__ == \"__main__\":") from error
+
+
+def midi_files(cfg):
+    return read_json(cfg.DATA_ROOT / "midi_index.json")["files"]
+
+
+def rows_done(journal, files, cfg):
+    """How many files, from the first on, the journal of an interrupted conversion accounts for; what stands
+    behind them, such as half a line, is cut off.
     """
-    journals = journal_paths(cfg)
-    if all(path.exists() and next(read_jsonl(path), None) == recipe for path in journals):
-        return journals
-    for path in (*cfg.ABC_ROOT.glob("journal*.jsonl"), *cfg.ABC_ROOT.glob("report.jsonl")):
-        for row in read_jsonl(path):
+    done = size = 0
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with open(journal, "a+b") as out, contextlib.suppress(ValueError):
+        out.seek(0)
+        for line, file in zip(out, files, strict=False):
+            row = json.loads(line) if line.endswith(b"\n") else {}
+            if row.get("file") != file or not (cfg.ABC_ROOT / row.get("abc", "")).exists():
+                break
+            done, size = done + 1, size + len(line)
+    os.truncate(journal, size)
+    return done
+
+
+def remove_texts(cfg):
+    """Removes the texts that an earlier conversion lists: another one may not make them all again."""
+    for path in (cfg.ABC_ROOT / "report.jsonl", cfg.ABC_ROOT / "journal.jsonl"):
+        for row in read_jsonl(path) if path.exists() else ():
             if "abc" in row:
-                Path(cfg.ABC_ROOT, row["abc"]).unlink(missing_ok=True)
-        path.unlink()
-    for path in journals:
-        write_text(path, json.dumps(recipe) + "\n")
-    return journals
+                (cfg.ABC_ROOT / row["abc"]).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
-def journal_paths(cfg):
-    return [cfg.ABC_ROOT / "journal.jsonl"]
-
-
-def convert_share(cfg):
-    """Converts the files that are left."""
-    files, journal = midi_files(cfg), journal_paths(cfg)[0]
-    done = sum(1 for _ in read_jsonl(journal)) - 1  # the first line is the recipe
-    with open(journal, "rb+") as file:  # a last line may have been cut off
-        file.truncate(sum(len(line) for line in itertools.islice(file, done + 1)))
-    with open(journal, "a", encoding="utf-8", buffering=1, newline="\n") as out:  # line by line
+@stage(version=4, knobs="CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", reads=(extract,))
+def convert(cfg):
+    """Converts every MIDI file in a worker that may die; every file ends as text or as a counted reason."""
+    files, journal = midi_files(cfg), cfg.ABC_ROOT / "journal.jsonl"
+    if not convert.manifest(cfg)["goes_on"]:
+        remove_texts(cfg)
+    done = rows_done(journal, files, cfg)
+    with open(journal, "a", encoding="utf-8", buffering=1) as out:  # line by line
         rows = progress(convert_all(files[done:], cfg), "convert", len(files), "file", initial=done)
         for file, row in zip(files[done:], rows, strict=True):
             out.write(json.dumps({"file": file, **row}) + "\n")
 
-
-def midi_files(cfg):
-    return read_json(Path(cfg.DATA_ROOT, "midi_index.json"))["files"]
-
-
-def converted(journals):
-    """The rows of all journals in the order of the files."""
-    shares = [itertools.islice(read_jsonl(path), 1, None) for path in journals]
-    return (row for rows in itertools.zip_longest(*shares) for row in rows if row)
-
-
-@stage(version=3, knobs="corpus ABC_ROOT CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", after=extract)
-def convert(cfg):
-    """Converts every MIDI file in a worker that may die; every file ends as text or as a counted reason."""
-    report, journals = cfg.ABC_ROOT / "report.jsonl", open_journals(convert.recipe(cfg), cfg)
-    convert_share(cfg)
-    reasons = Counter(row.get("reason", "") for row in converted(journals))
+    reasons = Counter(row.get("reason", "") for row in read_jsonl(journal))
     total, accepted = reasons.total(), reasons.pop("", 0)
-    need(total == len(midi_files(cfg)), "the books of the conversion do not balance")
     need(accepted, f"no MIDI file became ABC: {dict(reasons)}")
     signatures = np.lib.format.open_memmap(cfg.ABC_ROOT / "signatures.npy", "w+", "<u4", (accepted, NUM_PERM))
-    with atomic_path(report) as partial, open(partial, "w", encoding="utf-8", newline="\n") as out:
+    with atomic_path(cfg.ABC_ROOT / "report.jsonl") as partial, open(partial, "w", encoding="utf-8") as out:
         place = itertools.count()
-        for row in converted(journals):
+        for row in read_jsonl(journal):
             if "signature" in row:
                 signatures[next(place)] = np.frombuffer(bytes.fromhex(row.pop("signature")), "<u4")
             out.write(json.dumps(row) + "\n")
     signatures.flush()
-    for journal in journals:
-        journal.unlink()
+    journal.unlink()
     say(f"convert   {accepted:,} of {total:,} files became ABC; "
         f"rejected: {dict(reasons.most_common()) or 'none'}")
-    return [report, cfg.ABC_ROOT]
+    return [cfg.ABC_ROOT]
 
 
 # ============================================================================================================
@@ -2714,7 +2885,7 @@ def write_tokens(split, tunes, vocab, cfg):
     return placed
 
 
-@stage(version=3, knobs="VAL_FRAC TEST_FRAC SPLIT_BY SEED", after=convert)
+@stage(version=3, knobs="VAL_FRAC TEST_FRAC SPLIT_BY SEED", reads=(convert,))
 def tokenize(cfg):
     """Splits the tunes so that no version of a held-out tune is trained on, and writes them as token ids."""
     report = list(read_jsonl(cfg.ABC_ROOT / "report.jsonl"))
@@ -3206,7 +3377,7 @@ class Run(NamedTuple):
 def planned_runs(cfg):
     """Every run of the study, small to large: the largest can be predicted before it is trained."""
     runs, knobs = [], {knob: getattr(cfg, knob) for knob in SHARED_KNOBS.split()}
-    data = tokenize.recipe(cfg)
+    data = tokenize.identity(cfg)
     for size in sorted(cfg.MODELS, key=rough_weights):
         for seed in range(cfg.SEED, cfg.SEED + cfg.SEEDS):
             name = size.name + (f"_seed{seed}" if seed > cfg.SEED else "")
@@ -3634,7 +3805,7 @@ SHARED_KNOBS = ("TRAIN_TOKENS_TARGET BATCH_TOKENS SEQ_LEN BUDGETS LR LR_ADAM BET
                 "WARMUP_FRAC DECAY_FRAC EVAL_TOKENS")
 
 
-@stage(version=TRAIN_VERSION, knobs=SHARED_KNOBS + " MODELS SEEDS SEED", after=tokenize, root="SAVE_DIR",
+@stage(version=TRAIN_VERSION, knobs=SHARED_KNOBS + " MODELS SEEDS SEED", reads=(tokenize,), root="SAVE_DIR",
        by_all=True)
 def train(cfg):
     """Trains every model of the study on the same characters in the same order, from small to large."""
@@ -4409,7 +4580,7 @@ def fit_family(runs, stated, n_boot):
     return out
 
 
-@stage(version=3, knobs="BOOTSTRAP", after=train, root="SAVE_DIR")
+@stage(version=3, knobs="BOOTSTRAP", reads=(train,), root="SAVE_DIR")
 def fit(cfg):
     """Laws, comparison, figures: scaling_results.json -> fits.json, scaling_points.csv, *.png in SAVE_DIR."""
     folder, families = Path(cfg.SAVE_DIR), {}
@@ -5158,8 +5329,8 @@ def emergence_row(tunes, copy_limit, cfg):
     return row
 
 
-@stage(version=3, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP", after=fit,
-       root="SAVE_DIR")
+@stage(version=3, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP",
+       reads=(extract, tokenize, train), root="SAVE_DIR")
 def evaluate(cfg):
     """Test losses of every model; its tunes, judged, compared with real ones, searched for copies, shown."""
     save, vocab = Path(cfg.SAVE_DIR), read_vocab(cfg)
@@ -5718,7 +5889,7 @@ def shown_tunes(folder):
     return tunes
 
 
-@stage(version=2, knobs="", after=evaluate, root="SAVE_DIR")
+@stage(version=2, knobs="", reads=(tokenize, train, fit, evaluate), root="SAVE_DIR")
 def report(cfg):
     """One self-contained page: every table and picture of it comes from the files of this run."""
     save = Path(cfg.SAVE_DIR)
@@ -5801,8 +5972,7 @@ def stages_between(first, last):
 
 def run_stages(cfg, first="extract", last="report", force=False):
     """Runs the stages from `first` to `last`; returns whether any of them had something to do."""
-    cfg = cfg.pinned()
-    return any([stage(cfg, force) for stage in stages_between(first, last)])
+    return carry_out(stages_between(first, last), cfg, force)
 
 
 def main(argv=None):

@@ -248,7 +248,8 @@ def many(files, n, workers):
         watcher.join()
         with open(data_root / "abc" / "report.jsonl", encoding="utf-8") as lines:
             report = [json.loads(line) for line in lines]
-        disk, last = LakhMIDI.size_on_disk(data_root / "abc")[1], parent[-1][0]
+        disk = sum(path.stat().st_size for path in Path(data_root, "abc").rglob("*"))
+        last = parent[-1][0]
     at = {f"{share:.0%}": round(next(size for done, size in parent if done >= share * last))
           for share in (.05, .25, .5, .75, 1)}
     scale = LAKH_FILES / n

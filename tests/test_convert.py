@@ -409,7 +409,7 @@ def test_an_interrupted_conversion_goes_on_and_another_recipe_starts_anew(tmp_pa
     monkeypatch.setattr(LakhMIDI, "convert_all", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
         LakhMIDI.convert(cfg)
-    journal = cfg.ABC_ROOT / "journal_0_of_1.jsonl"
+    journal = cfg.ABC_ROOT / "journal.jsonl"
     journal.write_bytes(journal.read_bytes() + b'{"file": "3.mi')  # the line that was being written
     monkeypatch.setattr(LakhMIDI, "convert_all", lambda files, cfg: (done.extend(files), real(files, cfg))[1])
     LakhMIDI.convert(cfg)

@@ -109,7 +109,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, cap
     assert main(flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("LakhMIDI: ") and error.count("\n") == 1
-    assert [p for p in sorted(tmp_path.rglob("*")) if p.is_file()] == [p for p in before if p.is_file()]
+    after = [p for p in sorted(tmp_path.rglob("*")) if p.is_file() and p.parent.name != "manifests"]
+    assert after == [p for p in before if p.is_file()]
 
 
 def test_help_lists_every_knob_with_its_comment(capsys):
