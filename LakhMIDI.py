@@ -1870,14 +1870,17 @@ def assign_layers(start, end, most):
 
 def chords_that_fit(notes, drums):
     """Chords with as many layers as abc2midi has room for. Drums have one: in abcjs a layer is no drum."""
-    for limit in range(LAYERS, 0, -1):
-        most = np.where(drums, 1, limit)
-        chords = find_chords(notes, most)
-        layers = np.zeros(len(drums), int)
-        np.maximum.at(layers, chords.voice, chords.layer + 1)
-        if layers.sum() <= MAX_PARTS:
-            return chords, layers.tolist()
-    raise Rejected("too_many_voices", f"{len(drums)}")
+    most = np.where(drums, 1, LAYERS)
+    chords = find_chords(notes, most)
+    layers = np.zeros(len(drums), int)
+    np.maximum.at(layers, chords.voice, chords.layer + 1)
+    if layers.sum() <= MAX_PARTS:
+        return chords
+    if len(drums) > MAX_PARTS:
+        raise Rejected("too_many_voices", f"{len(drums)}")
+    while layers.sum() > MAX_PARTS:
+        layers[layers.argmax()] -= 1
+    return find_chords(notes, layers)
 
 
 # --- writing
@@ -1988,6 +1991,19 @@ def write_tuplets(line, start, end, grid):
             dict(zip(first.tolist(), count.tolist(), strict=True)))
 
 
+def pad_triplets(bar, voice, top, triplets):
+    """Cells by bar and voice, their highest layers, whether they have triplets -> the layers to be written.
+
+    Below a bar with fewer layers than a later one has, in whichever voice, abcjs puts silence as long as its
+    notes, and takes triplets for plain notes: bars with triplets get all the layers, if there is room.
+    """
+    later = np.append(np.maximum.accumulate(top[::-1])[::-1], 0)[np.searchsorted(bar, bar, "right")]
+    padded = np.where(triplets, np.maximum(top, later), top)
+    parts = np.zeros(voice.max() + 1, int)
+    np.maximum.at(parts, voice, padded + 1)
+    return padded if parts.sum() <= MAX_PARTS else top
+
+
 def write_cells(chords, grid, key, octaves):
     """Chords -> (n of L:1/n, {(bar, voice): texts of its layers})."""
     n_voices, width = len(octaves), int(grid.bars[-1]) + 1
@@ -1999,12 +2015,11 @@ def write_cells(chords, grid, key, octaves):
     line = cell * LAYERS + chords.layer[piece]
     texts = name_chords(chords, piece, cell, key, octaves)
     tied = chords.end[piece] > end
-    # Rests are written below a layer that sounds. In the bars before a layer, in whichever voice, abcjs puts
-    # silence under the notes and takes triplets for plain notes: these bars have a layer of their own.
     cells, first = np.unique(cell, return_index=True)
-    top = np.maximum.reduceat(line % LAYERS, first)
+    top = np.maximum.reduceat(line % LAYERS, first)  # rests are written below a layer that sounds
     triplets = np.maximum.reduceat((start % 3 != 0) | (end % 3 != 0), first)
-    top = np.maximum(top, triplets & (cells < cells[top > 0].max(initial=0)))
+    if top.any() and triplets.any():
+        top = pad_triplets(cells // n_voices, cells % n_voices, top, triplets)
     lines = np.repeat(cells * LAYERS - np.cumsum(top + 1) + top + 1, top + 1) + np.arange((top + 1).sum())
     in_bar = lines // LAYERS // n_voices
     rest, low, high = fill_rests(line, start, end, lines, grid.bars[in_bar], grid.bars[in_bar + 1])
@@ -2048,6 +2063,9 @@ def write_lines(music, n_voices, metres, tempos, bars, unit):
     """
     tags = [f"[V:{voice + 1}]" for voice in range(n_voices)] if n_voices > 1 else [""]
     lines, due, known = [], 0, {}
+    # To abcjs a rest of four beats is a bar by the metre of the header, if that is shorter.
+    semibreve, minim = (length_text(ticks, unit) for ticks in (4 * BEAT, 2 * BEAT))
+    semibreve = re.compile(rf"z{semibreve}(?![/\d])" if metres[0][0] < metres[0][1] else "(?!)")
     now = first = "[M:{}/{}]".format(*metres[0])
     for bar in [*sorted({bar for bar, _ in music} | metres.keys() | tempos.keys()), len(bars) - 1]:
         if bar > due:
@@ -2066,7 +2084,8 @@ def write_lines(music, n_voices, metres, tempos, bars, unit):
                     layers[layer] = now + layers[layer]
                 known[voice, layer] = now
             fields = now * change + tempos.get(bar, "") * (bar > 0 and voice == 0)
-            line.append(f"{tag}{fields}{'&'.join(layers)}|")
+            cell = semibreve.sub(f"z{minim}z{minim}", "&".join(layers))
+            line.append(f"{tag}{fields}{cell}|")
         lines.append("".join(line))
         due = bar + 1
     return lines
@@ -2120,7 +2139,7 @@ def score_to_abc(score, cfg):
     grid = make_grid(notes, bars)
     on_grid = grid_notes(notes, grid)
     drums = np.array([drum for _, drum in voices])
-    chords, layers = chords_that_fit(on_grid, drums)
+    chords = chords_that_fit(on_grid, drums)
     key, key_name = choose_key(notes.pitch[~drums[notes.voice]])
     middle = np.bincount(on_grid[0], on_grid[1]) / np.bincount(on_grid[0])
     octaves = np.rint((middle - 71.5) / 12).astype(int).tolist()  # C ... b need no octave marks
@@ -2130,6 +2149,7 @@ def score_to_abc(score, cfg):
     seconds = np.interp(bars / BEAT, *time)
     fields = tempo_fields(seconds, bars)
     metres = {bar: metre for bar, metre in metres.items() if bar < n_bars}
+    layers = [max(len(music.get((bar, voice), "1")) for bar in range(n_bars)) for voice in range(len(voices))]
     lines = write_header(voices, layers, octaves, metres[0], fields[0], unit, key_name,
                          bool((chords.size > 1).any()))
     lines += write_lines(music, len(voices), metres, fields, bars, 4 * BEAT // unit)
