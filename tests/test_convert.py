@@ -142,7 +142,8 @@ def test_abc2midi_hears_the_text_as_it_stands():
 
 def test_where_abc2midi_has_no_room_for_all_layers_chords_end_early():
     def file(voices):
-        return midi_file([(n, False, [(n % 7 + i, 2.5, 50 + i) for i in range(0, 16, 2)]) for n in range(voices)])
+        notes = [(i, 2.5, 50 + i) for i in range(0, 16, 2)]
+        return midi_file([(n, False, notes) for n in range(voices)])
     notes, _ = heard(midi_to_abc(file(30), Cfg()))
     assert note_f1(one_voice(read_score(file(30)).notes), notes, 1 / 100) == 1
     with pytest.raises(Rejected, match="too_many_voices"):
