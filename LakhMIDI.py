@@ -964,7 +964,8 @@ def plain_text(data):
     """Text, or bytes of it, without HTML and control characters, with each field on a line of its own."""
     if isinstance(data, bytes):
         data = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
-    text = "\n".join([*re.sub("[ \t]+", " ", data).splitlines(), ""])
+    text = data.replace("\\r", "").replace("\\n", "\n")  # what another program escaped
+    text = "\n".join([*re.sub("[ \t]+", " ", text).splitlines(), ""])
     text = "".join(char for char in text if char == "\n" or char.isprintable())
     for _ in range(2):  # &amp;quot; happens. Without a semicolon it is music: &deg, a voice
         text = re.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), text)
@@ -1049,7 +1050,7 @@ def time_signatures(played):
     lengths = np.diff([start for start, _ in bars] + [played[-1][0]]).tolist()
 
     second = lengths[1 % len(bars)]
-    rest = max(0, (bars[0][1].ticks or second) - lengths[0]) if lengths[0] < second else 0
+    rest = max(0, min(second, bars[0][1].ticks or second) - lengths[0])
     bars[0] = -rest, bars[0][1]
     lengths[0] += rest
 
@@ -1218,16 +1219,15 @@ def settings_of(tune):
 
 
 def dump_name(row):
-    """The name of the file of a setting, in a folder for its tune; an id of 0 is none."""
-    ids = [str(row.get(f"{name}_id") or row.get(name, "")) for name in ("tune", "setting")]
-    return "/".join(number if re.fullmatch("[0-9]{1,9}", number) else "0" for number in ids) + ".mid"
+    """The name of the file of a setting, in a folder for its tune."""
+    return "/".join(str(row.get(f"{name}_id") or row.get(name) or 0) for name in ("tune", "setting")) + ".mid"
 
 
 def setting_abc(row):
     """The ABC of a setting with its header; raises Skip for what is none."""
     metre, mode, music = (plain_text(str(row.get(name) or "")).strip() for name in ("meter", "mode", "abc"))
     key = MODE.fullmatch(mode)
-    if not re.fullmatch(r"[1-9]\d*/[1-9]\d*\.mid", dump_name(row)):
+    if not re.fullmatch("[1-9][0-9]*/[1-9][0-9]*[.]mid", dump_name(row)):
         raise Skip("no tune_id or setting_id")
     if None in row:
         raise Skip("more fields than columns")

@@ -168,14 +168,14 @@ def test_all_forms_and_dialects_of_a_dump_give_the_same_tunes(extract):
         for row in GOOD if row["tune_id"] == tune]} for tune in range(1, 11)]
     for data in (json.dumps(GOOD), b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), json.dumps({"tunes": pages}),
                  as_csv(chords), as_csv(chords).replace(b'""', b'\\"'), json.dumps(bang),
-                 json.dumps(GOOD).replace("\\n", "<br />\\r\\n")):
+                 json.dumps(GOOD).replace("\\n", "<br />\\r\\n"), json.dumps(GOOD).replace("\\n", "\\\\n")):
         assert extract(data.encode() if isinstance(data, str) else data)[1] == files
 
 
 @pytest.mark.parametrize("change, reason", [
     ({"abc": ""}, "no music"), ({"abc": "|||  z4 |"}, "no music"), ({"abc": None}, "no music"),
     ({"mode": "Hminor"}, "no key or metre"), ({"meter": "4/4\nX:1"}, "no key or metre"),
-    ({"tune_id": "../../etc"}, "no tune_id or setting_id"), ({"setting_id": ""}, "no tune_id or setting_id"),
+    ({"tune_id": "../../etc"}, "unsafe path"), ({"setting_id": ""}, "no tune_id or setting_id"),
     ({"abc": "A" * 200_000}, "abc2midi failed"), ({"abc": 'AB|"BcdefgabBcdefg'}, "notes lost")])
 def test_a_row_that_is_no_tune_is_counted_by_its_reason(extract, change, reason):
     index, files = extract(as_csv([setting(1, 1), setting(2, 2) | change, setting(3, 3)]))
