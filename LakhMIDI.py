@@ -942,6 +942,7 @@ TAG = re.compile(  # HTML, but not the broken rhythm of a<b c>d
 SHARED_LINE = re.compile(  # K:G |:GABc|
     r"^([KLM]: ?(?:\d+/\d+|C\|?|[A-G][#b]?(?: ?(?:m|maj|min|dor|mix|phr|lyd|loc|aeo|ion)[a-z]*)?)) (?=.*\|)",
     re.M | re.I)
+QUOTES = str.maketrans("\u201c\u201d\u2018\u2019", "\"\"''")  # as text programs have them
 QUARTER = 480  # abc2midi's ticks
 FIRST_MARK = 200  # quarter notes a minute in the mark of the first bar, one more in each that follows
 MAX_BARS = 7_000  # beyond that marks can't be told apart: MIDI has tempi in microseconds
@@ -964,12 +965,11 @@ def plain_text(data):
     """Text, or bytes of it, without HTML and control characters, with each field on a line of its own."""
     if isinstance(data, bytes):
         data = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
-    text = data.replace("\\r", "").replace("\\n", "\n")  # what another program escaped
-    text = "\n".join([*re.sub("[ \t]+", " ", text).splitlines(), ""])
+    text = "\n".join([*re.sub("[ \t]+|\\\\r", " ", data).replace("\\n", "\n").splitlines(), ""])
     text = "".join(char for char in text if char == "\n" or char.isprintable())
     for _ in range(2):  # &amp;quot; happens. Without a semicolon it is music: &deg, a voice
         text = re.sub(r"&#?\w+;", lambda entity: html.unescape(entity[0]), text)
-    text = TAG.sub("\n", text)
+    text = TAG.sub("\n", text.translate(QUOTES))
     text = re.sub(r"^[A-Z]:.* K:.*", lambda line: re.sub(" (?=[A-Z]:)", "\n", line[0]), text, flags=re.M)
     return SHARED_LINE.sub(r"\1\n", text)
 

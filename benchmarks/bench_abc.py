@@ -18,11 +18,6 @@ from pathlib import Path
 
 from results import keep
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from results import keep
-
-import LakhMIDI as study
-
 SIGN = re.compile(r'"[^"]*"|!\S+?!|\{[^}]*\}|%.*|\[(?P<field>[A-Za-z]):(?P<value>[^]]*)\]'
                   r"|(?P<bar>\[?\|[]|:]*|:+\|[]|:]*|(?<!\(\d)::+)\s*(?:\[?(?P<ending>[1-9][\d,-]*))?"
                   r"|\[(?P<volta>[1-9][\d,-]*)|\((?P<p>[2-9])(?::(?P<q>\d?))?(?::(?P<r>\d?))?"
@@ -196,15 +191,16 @@ def compare(source, ours):
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--step", type=int, default=1, help="take every n-th tune")
-    parser.add_argument("--folder", help="of converted tunes, such as data_lakh/abc; without one they are made")
+    parser.add_argument("--folder", help="of converted tunes")
+    parser.add_argument("--every", type=int, default=1, help="convert every n-th tune only")
     args = parser.parse_args()
-
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import LakhMIDI as study
     tunes, counts = dict(study.folk_tunes()), Counter()
     with tempfile.TemporaryDirectory() as made:
         if not args.folder:
-            cfg = study.Cfg(DATA_ROOT=made, MAX_MIDI_FILES=len(tunes) // args.step)
             began = time.perf_counter()
+            cfg = study.Cfg(DATA_ROOT=made, MAX_MIDI_FILES=len(tunes) // args.every)
             study.extract(cfg)
             study.convert(cfg)
             print(f"extract and convert: {time.perf_counter() - began:.0f} s")
@@ -217,10 +213,11 @@ def main():
             notes, first, bars = compare(source, Tune(path.read_text("utf-8")))
             counts.update(tunes=1, first_bar=first, all_bars=bars)
             counts.update(plain=notes is not None, notes=bool(notes))
-    of = {"notes": "plain", "first_bar": "tunes", "all_bars": "tunes"}
-    shares = {name: counts[name] / counts[among] for name, among in of.items()}
-    print(dict(counts), {name: f"{share:.2%}" for name, share in shares.items()})
-    keep("abc", counts=counts, shares=shares)
+    row = {**counts, "share_notes": counts["notes"] / counts["plain"],
+           "share_first_bar": counts["first_bar"] / counts["tunes"],
+           "share_all_bars": counts["all_bars"] / counts["tunes"]}
+    print(row)
+    keep("abc", **row)
 
 
 if __name__ == "__main__":
