@@ -935,7 +935,7 @@ SIGN = re.compile(  # a field, or a bar line with the number of its ending; betw
     r"|(?:\[?\|[|:\]]*|:{1,4}\|[|:\]]*|(?<!\(\d)::)(?: ?\[?\d+(?:[,-]\d+)*)?|\[\d+(?:[,-]\d+)*)", re.M)
 NO_NOTES = re.compile(  # a second, plainer opinion of what is no note
     r"^(?:[A-Za-z+]:(?![|:])|%).*|\"[^\"\n]*\"|\{[^{}\n]*\}|\[[A-Za-z]:[^][\n]*\]|%.*"
-    r"|![^\s|!]{0,20}[h-y][^\s|!]{0,20}!", re.M)
+    r"|![^\s|!]{0,20}[h-y.][^\s|!]{0,20}!", re.M)
 TAG = re.compile(  # HTML, but not the broken rhythm of a<b c>d
     r"<(?:!|/ ?\w|(?:br|hr|p|i|u|em|tt|pre|div|span|font|strong|html|head|body|table|tr|td)\b"
     r"|\w{1,9} [^<>|]*= ?[\"'])[^<>]*>\n?|^%%begin.*\n(?:(?!%%).*\n)*", re.I | re.M)
@@ -994,7 +994,7 @@ def tempo_of(text, before):
 def count_notes(music):
     """The notes in some ABC, tied ones counted once."""
     music = NO_NOTES.sub("", music)
-    tied = "".join(re.findall(r"(\[[^][|\n]*\]|[A-Ga-g])[,'\d/]*\s?-", music))
+    tied = "".join(re.findall(r"(\[[^][|\n]*\]|[A-Ga-g])[,'\d/]*\)?\s?-", music))
     return len(re.findall("[A-Ga-g]", music)) - len(re.findall("[A-Ga-g]", tied))
 
 
