@@ -2724,8 +2724,13 @@ START, END, UNKNOWN = 0, 1, 2  # ids of the symbols that are not characters
 
 
 class Vocab(NamedTuple):
-    """The symbols in the order of their ids: three special ones, then the characters of training, sorted."""
+    """The symbols in the order of their ids: three special ones, then the characters of training, sorted.
+
+    `sounds`: the header lines for voices, instruments and drums that a tune in a thousand of training has. A
+    prompt with others is brought down to its melody.
+    """
     chars: tuple
+    sounds: tuple = ()
 
     @property
     def dtype(self):
@@ -2879,12 +2884,18 @@ def read_blocks(tunes, desc, cfg, size=2**20):
         yield block
 
 
+SOUND = re.compile(r"^(?:V:\d+|%%MIDI program \d+|%%MIDI channel 10)", re.M)  # lines of a header
+
+
 def build_vocab(tunes, cfg):
     """The vocabulary of the tunes given; reads each once."""
-    seen = np.zeros(sys.maxunicode + 1, bool)
+    seen, sounds = np.zeros(sys.maxunicode + 1, bool), Counter()
     for block in read_blocks(tunes, "vocabulary", cfg):
-        seen[code_points("".join(text for _, text in block))] = True
-    return Vocab(("<start>", "<end>", "<unknown>", *map(chr, np.flatnonzero(seen))))
+        texts = "".join(text for _, text in block)
+        seen[code_points(texts)] = True
+        sounds.update(SOUND.findall(texts))
+    chars = "<start>", "<end>", "<unknown>", *map(chr, np.flatnonzero(seen))
+    return Vocab(chars, tuple(sorted(line for line, n in sounds.items() if n >= len(tunes) / 1000)))
 
 
 def write_tokens(split, tunes, vocab, cfg):
@@ -2931,7 +2942,7 @@ def tokenize(cfg):
     for tune in placed["train"][len(placed["train"]) - n_leaked:]:
         tune["leaked"] = True  # in train.bin, but not trained on
     write_jsonl(cfg.tokens_root / "tunes.jsonl", itertools.chain(*placed.values()))
-    write_json(cfg.tokens_root / "vocab.json", {"chars": vocab.chars})
+    write_json(cfg.tokens_root / "vocab.json", vocab._asdict())
     stats = corpus_statistics(report, placed, vocab, works, fractions, cfg)
     write_json(cfg.tokens_root / "stats.json", stats)
     plot_lengths(chars, cfg.tokens_root / "length_distribution.png")
@@ -3652,7 +3663,7 @@ def train_model(run, vocab, cfg, bar):
     # 10 The finished model and its record; what only an interrupted training needs goes
     write_checkpoint(run.path("model.pt", cfg), {
         "format": CHECKPOINT_FORMAT, "model": own_weights(t.model), "size": list(run.size),
-        "seq_len": cfg.SEQ_LEN, "vocab": list(vocab.chars), "result": t.rows[-1]})
+        "seq_len": cfg.SEQ_LEN, "vocab": [[*part] for part in vocab], "result": t.rows[-1]})
     write_json(run.path("record.json", cfg), {"rows": t.rows, "curve": t.curve})
     for kind in ("resume.pt", "trunk.pt"):
         run.path(kind, cfg).unlink(missing_ok=True)
@@ -3720,7 +3731,7 @@ def load(path, device="cpu"):
     saved = load_checkpoint(path)
     try:
         need(saved["format"] == CHECKPOINT_FORMAT, "another format")
-        size, vocab = Size(*saved["size"]), Vocab(tuple(saved["vocab"]))
+        size, vocab = Size(*saved["size"]), Vocab(*map(tuple, saved["vocab"]))
         model = build_model(size, len(vocab.chars), Cfg(SEQ_LEN=saved["seq_len"]))
         model.load_state_dict(saved["model"])
         return model.to(device).eval(), vocab, saved["result"]
@@ -3741,7 +3752,8 @@ def read_training(vocab, cfg):
 
 
 def read_vocab(cfg):
-    return Vocab(tuple(read_json(cfg.tokens_root / "vocab.json")["chars"]))
+    saved = read_json(cfg.tokens_root / "vocab.json")
+    return Vocab(tuple(saved["chars"]), tuple(saved["sounds"]))
 
 
 # --- several processes, of a torchrun or the like: every one runs the same lines; stages but this one are
@@ -5556,27 +5568,47 @@ def engrave(tune, midi, most=SCORE_BARS):
 
 # --- on demand: python LakhMIDI.py --sample 8 --prompt mine.mid
 
-def read_prompt(prompt, cfg, bars=8):
+def read_prompt(prompt, cfg, bars=8, vocab=None):
     """The beginning of a prompt in the notation of the models: its first `bars` whole bars, at least one less
     than it has, since a tune that has come to its close would be followed by its end.
 
-    `prompt` is the path of an .abc or MIDI file, which is converted, or ABC text, which is taken as it is.
+    `prompt` is the path of an .abc or MIDI file, which is converted, or ABC text, which is taken as it is. Of
+    a file with voices or instruments that `vocab` does not know only the melody is taken.
     """
     if not prompt or re.search(r"\n|\\n|^[A-Z]:[^\\/]|\|", prompt):
         return prompt.replace("\\n", "\n")
     cfg = copy.copy(cfg)
     cfg.MIN_NOTES = 1
     try:
-        return first_bars(midi_to_abc(read_foreign(prompt), cfg), bars)
+        score = read_score(read_foreign(prompt))
+        text = score_to_abc(score, cfg)["abc"]
+        strange = set(SOUND.findall(text)) - set(vocab.sounds if vocab else SOUND.findall(text))
+        if strange:
+            say(f"prompt    only the melody of {prompt} is taken, without its instrument: training had no "
+                f"{', '.join(sorted(strange))}")
+            text = score_to_abc(melody_voice(score), cfg)["abc"]
     except Rejected as reject:
         raise UserError(f"{prompt} holds no music to go on from ({reject})") from reject
 
+    reader, kept = Reader(), []
+    for line in text.splitlines(keepends=True)[:-1]:
+        reader.read_line(line)
+        if reader.bar > bars:
+            break
+        kept.append(line)
+    return "".join(kept) if reader.bar else text  # of a single bar all
 
-def first_bars(text, bars):
-    """The header and the first lines of music of a text, at least one less than it has, if it has two."""
-    header = re.match(r"(?:(?:[A-Za-z]:|%).*\n)*", text)[0]
-    music = text[len(header):].splitlines(keepends=True)
-    return header + "".join(music[:max(1, min(bars, len(music) - 1))])
+
+def melody_voice(score):
+    """A Score of one voice without drums, the highest of those that have many notes, as a piano."""
+    drums = are_drums(score.notes, score.voices)
+    count = np.bincount(score.notes.voice[~drums])
+    if not count.any():
+        raise Rejected("no_notes", "drums only")
+    height = np.bincount(score.notes.voice[~drums], score.notes.pitch[~drums]) / np.maximum(1, count)
+    best = np.where(count >= count.max() / 2, height, -1).argmax()
+    notes = Notes(*(column[score.notes.voice == best] for column in score.notes))
+    return score._replace(notes=notes._replace(voice=0 * notes.voice), voices=[(0, False)])
 
 
 def compose(cfg, count, prompt="", valid=False, bars=8):
@@ -5588,7 +5620,7 @@ def compose(cfg, count, prompt="", valid=False, bars=8):
     best = min((row for row in runs if row["main"]), key=lambda row: row["val_loss"])
     model, vocab, _ = load(Path(cfg.SAVE_DIR, best["checkpoint"]), cfg.DEVICE)
     name = re.sub(r"\W+", "_", Path(prompt).stem)[:40] if Path(prompt).is_file() else best["run"]
-    prompt = read_prompt(prompt, cfg, bars)
+    prompt = read_prompt(prompt, cfg, bars, vocab)
     home = Path(cfg.SAVE_DIR, "my_samples")
     seed = next(seed for seed in itertools.count(cfg.SEED) if not (home / f"{name}_{seed}").exists())
     tunes = sample(model, vocab, [prompt] * count, max_chars=cfg.SAMPLE_CHARS, temperature=cfg.TEMPERATURE,

@@ -294,10 +294,23 @@ def test_a_prompt_may_be_text_an_abc_or_a_midi_file(tmp_path):
     (tmp_path / "other.abc").write_text("X:1\nT:A title\nM:2/4\nL:1/8\nK:G\nGABc|d2BG|ABcA|G4|]\n")
     assert study.read_prompt(str(tmp_path / "other.abc"), Cfg()).endswith("d2BG|\nABcA|\n")
     assert study.read_prompt("X:1\\nL:1/8", Cfg()) == "X:1\nL:1/8"
+    (tmp_path / "motif.abc").write_text("X:1\nL:1/8\nM:4/4\nK:C\nCDEF|\n")
+    assert len(study.read_abc(study.read_prompt(str(tmp_path / "motif.abc"), Cfg())).notes.pitch) == 4
     (tmp_path / "bad.mid").write_bytes(b"no music")
     for bad in ("bad.mid", "missing.mid", "score.musicxml", "song.mid.gz"):
         with pytest.raises(UserError, match=bad):
             study.read_prompt(str(tmp_path / bad), Cfg())
+
+
+def test_of_a_prompt_with_strange_voices_the_melody_is_taken(tmp_path, capsys):
+    (tmp_path / "mine.mid").write_bytes(make_midi(1, program=40))
+    whole = study.read_abc(study.midi_to_abc(make_midi(1, program=40), Cfg()))
+    known = study.Vocab((), ("V:1", "V:2", "%%MIDI program 40", "%%MIDI program 50"))
+    prompts = [study.read_prompt(str(tmp_path / "mine.mid"), Cfg(), vocab=vocab) for vocab in (known, VOCAB)]
+    assert [len(study.read_abc(prompt).voices) for prompt in prompts] == [2, 1]
+    assert "program 40" in capsys.readouterr().out and "program" not in prompts[1]
+    notes, melody = whole.notes, study.read_abc(prompts[1]).notes
+    assert melody.pitch.tolist() == notes.pitch[(notes.voice == 0) & (notes.onset < 32)].tolist()
 
 
 def test_the_command_line_goes_on_from_a_file_and_never_overwrites(smoke, tmp_path, capsys):
