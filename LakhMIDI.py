@@ -3753,7 +3753,7 @@ def read_training(vocab, cfg):
 
 def read_vocab(cfg):
     saved = read_json(cfg.tokens_root / "vocab.json")
-    return Vocab(tuple(saved["chars"]), tuple(saved["sounds"]))
+    return Vocab(tuple(saved["chars"]), tuple(saved.get("sounds", ())))
 
 
 # --- several processes, of a torchrun or the like: every one runs the same lines; stages but this one are
@@ -4859,7 +4859,7 @@ def draw_curves(families, curves):
 
 # --- sampling
 
-SAMPLE_BATCH = 64  # tunes sampled side by side; it bounds the memory of the attention's keys and values
+SAMPLE_BATCH = 64  # tunes sampled side by side on a CPU, where more are no faster
 AHEAD = 32  # characters drawn on the device before the host looks at them
 MAX_TRIES = 50  # for one line of --valid
 
@@ -4879,14 +4879,17 @@ def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, 
     unknown = sorted(set("".join(prompts)) - set(vocab.chars[3:]))
     need(not unknown, f"the prompt has characters unknown to the model: {' '.join(map(repr, unknown))}")
     drafts = [Draft(prompt, vocab, max_chars, [seed, i]) for i, prompt in enumerate(prompts)]
-    seats, waiting = drafts[:SAMPLE_BATCH], collections.deque(drafts[SAMPLE_BATCH:])
-    state, device = model.empty_state(len(seats), model.seq_len), next(model.parameters()).device
+    device, batch = next(model.parameters()).device, sample_batch(model)
+    seats, waiting = drafts[:batch], collections.deque(drafts[batch:])
+    state = model.empty_state(len(seats), model.seq_len)
     ahead = 1 if valid else min(AHEAD, model.seq_len // 4)
     bar = progress(desc=label, total=len(drafts), unit="tune")
     while seats:
         for row, tune in enumerate(seats):
             if tune.room < ahead:
-                put_row(state, row, tune.read_window(model, ahead))
+                read = tune.read_window(model, ahead)
+                tune.saved = tune.saved or (read, tune.room)
+                put_row(state, row, read)
 
         chars = [torch.tensor([tune.ids[-1:] for tune in seats], device=device)]
         chance = torch.tensor(np.stack([tune.rng.random(ahead) for tune in seats]), device=device)
@@ -4901,6 +4904,8 @@ def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, 
                     tune.saved = pick_rows(state, [row]), tune.room
                 else:
                     put_row(state, row, tune.saved[0])
+            if tune.done or not valid:
+                tune.saved = None
             if tune.done and waiting:
                 seats[row] = waiting.popleft()
         bar.update(sum(tune.done for tune in drafts) - bar.n)
@@ -4909,6 +4914,16 @@ def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, 
             seats, state = [seats[row] for row in left], pick_rows(state, left)
     bar.close()
     return [tune.result(valid) for tune in drafts]
+
+
+def sample_batch(model):
+    """Tunes to sample side by side; on a GPU so many that their states fill a quarter of its free memory, as
+    --valid and rows that move hold them two or three times."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return SAMPLE_BATCH
+    row = sum(tensor.nbytes for tensor in flat(model.empty_state(1, model.seq_len)))
+    return max(1, min(256, torch.cuda.mem_get_info(device)[0] // 4 // row))
 
 
 class Draft:
@@ -4944,7 +4959,6 @@ class Draft:
         if len(ids) > 1:
             _, state = model(torch.tensor([ids[:-1]], device=next(model.parameters()).device), state)
         self.room = model.seq_len + 1 - len(ids)
-        self.saved = self.saved or (state, self.room)
         return state
 
     def add(self, ids):
@@ -4986,13 +5000,15 @@ class Draft:
                 "gave_up": self.tries_here == MAX_TRIES}
 
 
+def flat(state):
+    """The tensors of a model's state, which has lists and tuples of them; each has the batch first."""
+    return [state] if torch.is_tensor(state) else [tensor for part in state for tensor in flat(part)]
+
+
 def put_row(state, row, other):
     """Writes the only row of another state of the model into a row of `state`."""
-    if torch.is_tensor(state):
-        state[row] = other[0]
-    else:
-        for part, other_part in zip(state, other, strict=True):
-            put_row(part, row, other_part)
+    for tensor, other_tensor in zip(flat(state), flat(other), strict=True):
+        tensor[row] = other_tensor[0]
 
 
 def pick_rows(state, rows):
@@ -5241,6 +5257,62 @@ def leaked_loss(model, leaked, cfg):
     return dict(zip(("leaked_loss", "leaked_loss_se"), found, strict=True))
 
 
+# --- whether a model finds music likelier than what is nearly music: a measure without sampling
+
+# the first bar with notes in a line: what stands before it, the bar, what comes after it
+FIRST_BAR = re.compile(r"((?:\[V:\d+\]Z\d*\|)*(?:\[V:\d+\])?)([^|\n]*[A-Ga-g][^|\n]*\|)(.*\n)")
+
+
+def twins(text, most, rng):
+    """The beginning of a tune, damaged twins of it, and where they part: ({"true", "pitch", "swap", "loop":
+    text}, place); ({}, 0) if it is too short.
+
+    One bar of the first voice that sounds there: a note is moved by a step or a third ("pitch"), the bar
+    changes places with the next one, or the bar before it takes its place ("loop").
+    """
+    lines = re.findall(r".*\n", text[:most])
+    parts = [list(found.groups()) if found else None for found in map(FIRST_BAR.fullmatch, lines)]
+    whole = [i for i in range(1, len(lines) - 1) if all(parts[i - 1:i + 2])]
+    alike = [i for i in whole if len({head for head, _, _ in parts[i - 1:i + 2]}) == 1]
+    places = [i for i in alike if len({bar for _, bar, _ in parts[i - 1:i + 2]}) == 3]
+    if not places:
+        return {}, 0
+    i = rng.choice(places)
+    before, bar, after = (parts[i + k][1] for k in (-1, 0, 1))
+    letters, notes = LETTERS + LETTERS.lower(), [note.start() for note in re.finditer("[A-Ga-g]", bar)]
+    note = rng.choice(notes)
+    moved = letters[(letters.index(bar[note]) + rng.choice([-2, -1, 1, 2])) % len(letters)]
+
+    def changed(*bars):
+        new = [head + bar + tail for (head, _, tail), bar in zip(parts[i:], bars, strict=False)]
+        return "".join([*lines[:i], *new, *lines[i + len(bars):]])
+
+    texts = {"true": changed(bar), "pitch": changed(bar[:note] + moved + bar[note + 1:]),
+             "swap": changed(after, bar), "loop": changed(before)}
+    return texts, len("".join(lines[:i])) + len(parts[i][0])
+
+
+@torch.inference_mode()
+def twin_shares(model, vocab, real, cfg):
+    """{damage: share of the real tunes that the model finds likelier than their twin}: by the likelihood of
+    the bar in question and the rest of the window."""
+    rng, device, likelier = np.random.default_rng(cfg.SEED), next(model.parameters()).device, {}
+    for texts, place in (twins(text, model.seq_len * 7 // 8, rng) for text in real):
+        rows = [vocab.encode(text)[:model.seq_len] for text in texts.values()]
+        if rows:
+            ids = torch.full((len(rows), model.seq_len + 1), START)
+            target = torch.full((len(rows), model.seq_len), -100)  # ignored
+            for i, row in enumerate(rows):
+                ids[i, 1:len(row) + 1] = torch.from_numpy(row)
+                target[i, place:len(row)] = torch.from_numpy(row[place:])
+            logits = model(ids[:, :-1].to(device))[0].float().flatten(0, 1)
+            loss = F.cross_entropy(logits, target.flatten().to(device), reduction="none")
+            true, *damaged = loss.view(len(rows), -1).sum(1).tolist()
+            for name, other in zip(list(texts)[1:], damaged, strict=True):
+                likelier.setdefault(name, []).append(true < other)
+    return {name: share_of(flags) for name, flags in likelier.items()}
+
+
 # --- samples of every model, judged beside real music
 
 SAMPLE_FOLDERS = ("best_samples", "samples")
@@ -5378,13 +5450,14 @@ def evaluate(cfg):
     test, leaked = read_tokens("test", vocab, cfg), read_training(vocab, cfg)[1][:cfg.EVAL_TOKENS]
     whole = [tune for tune in held_out if tune["start"] + tune["chars"] + 2 <= len(test)] or held_out[:1]
     kinds = char_kinds(test, vocab)[1:]
-    tested = [{"run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"],
-               **test_loss(models[row["run"]][0], test, kinds, whole, cfg),
-               **leaked_loss(models[row["run"]][0], leaked, cfg)}
-              for row in progress(rows, "test loss", unit="model")]
-
     real = [abc_path(tune["file"], cfg).read_text("utf-8") for tune in held_out if not tune["unknown"]]
     need(real, "every test tune has characters that the training tunes lack; add music or raise TEST_FRAC")
+    tested = [{"run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"],
+               **test_loss(models[row["run"]][0], test, kinds, whole, cfg),
+               **leaked_loss(models[row["run"]][0], leaked, cfg),
+               "likelier_than_twin": twin_shares(models[row["run"]][0], vocab, real[:100], cfg)}
+              for row in progress(rows, "test loss", unit="model")]
+
     tunes, groups = judge_all(write_music(models, best, real[:cfg.SAMPLES], cfg), best, cfg), {}
     for tune in tunes:
         groups.setdefault((tune["run"], tune["kind"]), []).append(tune)

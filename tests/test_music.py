@@ -251,6 +251,27 @@ def test_a_copy_is_found_in_another_key_and_speed_with_the_place_of_the_passage(
     assert other["share"] < 0.1
 
 
+def test_a_damaged_twin_differs_in_one_bar_and_a_model_that_knows_the_tune_prefers_it():
+    text = HEADER.replace("V:1\n", "") + "cdefgabc|\nC2D2E2F2|\nG4A4|\nB2c2d2e2|\nz8|\n"
+    found, place = study.twins(text, 200, np.random.default_rng(0))
+    true, twins = found.pop("true"), found
+    assert true == text and set(twins) == {"pitch", "swap", "loop"} and text[place - 1] == "\n"
+    bars = [twin[len(HEADER) - 4 :].split("\n") for twin in (true, *twins.values())]
+    assert [sum(a != b for a, b in zip(bars[0], bar, strict=True)) for bar in bars] == [0, 1, 2, 1]
+    assert study.twins(text[:50], 200, np.random.default_rng(0)) == ({}, 0)
+
+    class Knows(Scripted):
+        seq_len = 128
+
+        def forward(self, tokens, state=None):
+            logits = torch.zeros(*tokens.shape, len(VOCAB.chars))
+            for i, char in enumerate(VOCAB.encode(text)):
+                logits[:, i, char] = 9
+            return logits, None
+
+    assert all(share["value"] == 1 for share in study.twin_shares(Knows(None), VOCAB, [text], Cfg()).values())
+
+
 def test_every_character_has_its_kind():
     text = HEADER + "[V:1](3^CDE2z/4[ce]&G,2-|\n"
     ids = np.concatenate([[START], VOCAB.encode(text), [END]])
