@@ -5170,10 +5170,16 @@ def bar_contents(notes, bars):
 
 def training_shingles(cfg):
     """Yields (file, its melodic shingles) of each tune that was trained on."""
-    for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl"):
-        if tune["split"] == "train" and "leaked" not in tune:
-            notes, voices = score_notes(read_score(cfg.MIDI_ROOT / tune["file"]))  # faster than from the text
-            yield tune["file"], melodic_shingles(notes, are_drums(notes, voices))
+    files = [tune["file"] for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl")
+             if tune["split"] == "train" and "leaked" not in tune]
+    with ProcessPool(max_workers=cfg.WORKERS) as pool:
+        shingles = pool.map(text_shingles, files, [cfg] * len(files), chunksize=64).result()
+        yield from zip(files, shingles, strict=True)
+
+
+def text_shingles(file, cfg):
+    tune = read_abc(abc_path(file, cfg).read_text("utf-8"))
+    return melodic_shingles(tune.notes, are_drums(tune.notes, tune.voices))
 
 
 def find_copies(melodies, cfg):
