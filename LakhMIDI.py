@@ -6057,7 +6057,7 @@ def parse_flags(argv):
     add("--force", action="store_true", help="run the chosen stages again; train keeps its finished models")
     add("--status", action="store_true", help="say what is done and what is stale, and stop")
     add("--plan", metavar="BUDGET", help="print the best N and D for 2h, 90m or 1e18 FLOPs, and stop")
-    add("--sample", type=int, default=0, metavar="N", help="write N tunes by the best model, and stop")
+    add("--sample", type=int, metavar="N", help="write N tunes by the best model, and stop")
     add("--prompt", default="", help="what they go on from: ABC text, an .abc or a .mid file")
     add("--valid", action="store_true", help="draw a bar again until it reads as a bar")
     add("--bars", type=int, default=8, metavar="N", help="how many bars of the prompt are taken (8)")
@@ -6111,7 +6111,7 @@ def main(argv=None):
     try:
         cfg, flags = parse_flags(argv)
         cfg.check()
-        if (flags.plan or flags.status or flags.sample) and os.environ.get("RANK", "0") != "0":
+        if (flags.plan or flags.status or flags.sample is not None) and os.environ.get("RANK", "0") != "0":
             return 0  # a rank of a torchrun that has nothing to share
         if flags.plan:
             plan(cfg, flags.plan)
@@ -6121,8 +6121,9 @@ def main(argv=None):
             for one in STAGES:
                 print(f"{one.__name__:9s} {one.status(cfg)}")
             return 0
-        need(flags.sample or not (flags.prompt or flags.valid), "--prompt and --valid go with --sample N")
-        if flags.sample:
+        asked = flags.prompt or flags.valid
+        need(flags.sample is not None or not asked, "--prompt and --valid go with --sample N")
+        if flags.sample is not None:
             compose(cfg, flags.sample, flags.prompt, flags.valid, flags.bars)
             return 0
         first, last, rank = flags.only or flags.first, flags.only or flags.last, ranks()[0]
