@@ -1,18 +1,21 @@
-"""Conversion on real files: fidelity, compactness, speed and memory, beside the other ways from MIDI to ABC.
+"""Conversion on real files: what other programs hear, compactness, speed and memory, beside the other ways.
 
-    python benchmarks/bench_convert.py SOURCE... [--files N] [--rivals N] [--music21 N]
+    python benchmarks/bench_convert.py SOURCE... [--files N] [--rivals N] [--abcjs N]
     python benchmarks/bench_convert.py SOURCE... --many 20000      memory and speed of the stage on copies
     python benchmarks/bench_convert.py SOURCE... --fuzz 3000       mutated files through the worker pool
 
-SOURCE is a ZIP or a folder of MIDI files. Each mode prints a table and appends a line to results.jsonl.
+SOURCE is a ZIP or a folder of MIDI files. Each mode prints a table and writes a line to results.jsonl. The
+files, and what abc2midi makes of the texts, are read by mido, with which the product has nothing to do.
 """
 import argparse
 import collections
 import contextlib
+import io
 import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,12 +28,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import lytk
+import mido
 import numpy as np
 import pretty_midi
 import symusic
+from results import keep
 
 import LakhMIDI
-from LakhMIDI import Rejected, abc_to_midi, convert_all, midi_to_abc, note_f1, read_abc, strict_abc
+from LakhMIDI import Notes, Rejected, convert_all, midi_to_abc, note_f1, read_abc, shorten_lines
 
 LAKH_FILES = 178_561  # MIDI files in lmd_full
 BIN = Path(symusic.__file__).parent / "bin"
@@ -69,51 +75,153 @@ def tools():
         yield run
 
 
-def midi_notes(data):
-    return LakhMIDI.score_notes(LakhMIDI.read_score(data))[0]
+def heard(data):
+    """A MIDI file by mido -> (Notes whose pitches tell drums apart, the same with programs, metres, tempos).
+
+    Onsets only, at which the program of the channel counts, in whichever track it was set.
+    """
+    midi = mido.MidiFile(file=io.BytesIO(data[data.find(b"MThd"):]), clip=True)
+    events = []
+    for number, track in enumerate(midi.tracks):
+        tick = 0
+        for place, message in enumerate(track):
+            tick += message.time
+            events.append((tick, message.type != "program_change", number, place, message))
+    program, notes, metres, tempos = collections.Counter(), set(), [], []
+    for tick, _, track, _, message in sorted(events, key=lambda event: event[:4]):
+        beat = tick / midi.ticks_per_beat
+        if message.type == "program_change":
+            program[message.channel] = message.program
+        elif message.type == "note_on" and message.velocity:
+            drum = message.channel == 9
+            sound = (0, 1, 0) if drum else (track, 0, program[message.channel])
+            notes.add((*sound, message.note, beat))
+        elif message.type == "time_signature":
+            metres.append((beat, message.numerator, message.denominator))
+        elif message.type == "set_tempo":
+            tempos.append((beat, mido.tempo2bpm(message.tempo)))
+    track, drum, sound, pitch, beat = np.array(sorted(notes), float).reshape(-1, 5).T
+    pitch = (pitch + 128 * drum).astype(int)
+    plain, with_programs = (Notes(track.astype(int), beat, np.ones(len(beat)), column)
+                            for column in (pitch, (pitch + 256 * sound).astype(int)))
+    return plain, with_programs, metres, tempos
 
 
-def sounding(notes, voices):
-    """The notes with program and drum flag told apart like pitches."""
-    sound = np.array([128 + program + 128 * drum for program, drum in voices], int)[notes.voice]
-    return notes._replace(pitch=sound * 128 + notes.pitch)
+def true_bars(metres, end):
+    """Beats at which the bars of a file begin: each change of metre begins one, the last of two counts."""
+    changes = {0.0: (4, 4)} | {beat: (num, den) for beat, num, den in metres if num}
+    ends, starts = [*sorted(changes)[1:], end], []
+    for begin, stop in zip(sorted(changes), ends, strict=True):
+        num, den = changes[begin]
+        starts += np.arange(begin, min(stop, end) - 1e-6, max(4 * num / den, 1 / 8)).tolist()
+    return np.array(starts)
 
 
-def fidelity(files, cfg, run, music21=0):
-    """Means over the files of a data set; the reference is what symusic reads in the MIDI file."""
-    rows, rejects, alphabet, readers = [], collections.Counter(), set(), collections.Counter()
-    readers = collections.Counter()
-    for i, (_, data) in enumerate(files):
+def hits(some, others, tolerance=1 / 8):
+    """How many of some numbers have one of the others nearby."""
+    at = np.searchsorted(others, some)
+    near = [np.abs(some - others[np.clip(at + k, 0, len(others) - 1)]) for k in (-1, 0)]
+    return np.count_nonzero(np.minimum(*near) <= tolerance + 1e-3)
+
+
+def last_onset(notes, tempos):
+    return np.interp(notes.onset.max(), *LakhMIDI.clock(tempos))
+
+
+def judge(data, abc, run):
+    """What abc2midi hears of a text as it stands, and what our reader reads, against the file."""
+    notes, sounds, metres, tempos = heard(data)
+    tune = read_abc(abc)
+    others, other_sounds, _, other_tempos = heard(run("abc2midi", abc.encode(), ".abc", ".mid"))
+    bars, found = true_bars(metres, notes.onset.max()), LakhMIDI.bar_starts(tune)
+    found = found[found <= bars[-1] + 1 / 8]
+    seconds, other_seconds = last_onset(notes, tempos), last_onset(others, other_tempos)
+    drums = np.array([drum for _, drum in tune.voices])[tune.notes.voice]
+    own = tune.notes._replace(pitch=tune.notes.pitch + 128 * drums)
+    return {"F8 by abc2midi": alike(notes, others), "F8 by our reader": alike(notes, own),
+            "programs": alike(sounds, other_sounds) > .98,
+            "bars right": (hits(bars, found) + hits(found, bars)) / (len(bars) + len(found)) >= .98,
+            "seconds right": abs(other_seconds - seconds) <= .01 * max(seconds, 1),
+            "notes": len(notes.pitch), "complete": len(abc), "short": len(shorten_lines(abc)),
+            "faults": len(tune.faults) > 0}
+
+
+def alike(notes, others):
+    """F1 of pitch and onset within 1/8 beat, whichever voice has the note."""
+    return note_f1(*(some._replace(voice=np.zeros(len(some.pitch), int)) for some in (notes, others)))
+
+
+def fidelity(files, cfg, run, texts):
+    """Means and shares over the files of a data set; a file that mido refuses has no reference."""
+    rows, rejects = [], collections.Counter()
+    for name, data in files:
         try:
             abc = midi_to_abc(data, cfg)
         except Rejected as reject:
             rejects[reject.reason] += 1
             continue
-        alphabet |= set(abc)
-        reference, voices = LakhMIDI.score_notes(LakhMIDI.read_score(data))
-        tune = read_abc(abc)
-        midi = midi_notes(abc_to_midi(abc))
-        other = midi_notes(run("abc2midi", strict_abc(abc).encode(), ".abc", ".mid"))
-        f8 = note_f1(reference, tune.notes)
-        rows.append({
-            "F8": f8, "F16": note_f1(reference, tune.notes, 1 / 16),
-            "FD": note_f1(reference, tune.notes, durations=True),
-            "sound": note_f1(sounding(reference, voices), sounding(tune.notes, tune.voices)) / max(f8, 1e-9),
-            "midi": note_f1(tune.notes, midi, 1 / 96), "F8_abc2midi": note_f1(reference, other),
-            "agree": note_f1(tune.notes, other, 1 / 48),
-            "agree_FD": note_f1(tune.notes, other, 1 / 48, durations=True),
-            "problems": len(tune.problems) > 0, "chars": len(abc), "notes": len(reference.pitch)})
-        if music21 and i % max(1, len(files) // music21) == 0:
-            readers["files"] += 1
-            one_voice = tune.notes._replace(voice=np.zeros(len(tune.notes.pitch), int))  # as in music21_notes
-            readers["same"] += note_f1(one_voice, LakhMIDI.music21_notes(abc), 1 / 48) > 0.999
+        texts.append((name, abc))
+        try:
+            heard(data)
+        except (OSError, EOFError, ValueError, IndexError, KeyError, TypeError):  # what mido raises
+            rejects["mido refuses it"] += 1
+            continue
+        rows.append(judge(data, abc, run))
     table = {key: np.array([row[key] for row in rows], float) for key in rows[0]}
+    notes, sizes = table.pop("notes").sum(), {key: table.pop(key).sum() for key in ("complete", "short")}
     means = {key: float(column.mean()) for key, column in table.items()}
-    del means["problems"], means["chars"], means["notes"]
-    return means | {"files": len(files), "above_.99": float((table["F8"] > .99).mean()),
-                  "chars/note": float(table["chars"].sum() / table["notes"].sum()), "alphabet": len(alphabet),
-                  "max_chars": int(table["chars"].max()), "with_problems": int(table["problems"].sum()),
-                  "rejects": dict(rejects), "music21": dict(readers)}
+    chars = {f"chars a note, {form} lines": float(size / notes) for form, size in sizes.items()}
+    return {"files": len(files), "judged": len(rows)} | means | chars | {
+        "above .99 by abc2midi": float((table["F8 by abc2midi"] > .99).mean()), "refused": dict(rejects)}
+
+
+PLAY = """const abcjs = require("abcjs"), fs = require("fs");
+const played = text => abcjs.parseOnly(text)[0].setUpAudio({chordsOff: true}).tracks.flatMap(
+  track => track.filter(e => e.cmd == "note").map(e => [e.pitch, e.start * 4, e.duration * 4]));
+fs.writeFileSync("out.json", JSON.stringify(JSON.parse(fs.readFileSync("in.json")).map(played)));
+"""
+
+
+def played_by_abcjs(texts):
+    """Share of texts of which abcjs plays .98 of the notes as abc2midi does, or what is missing for it.
+
+    Same pitch, onset within 1/16 beat of the first tempo, length within 1/16 or 10 %.
+    """
+    if not shutil.which("node") or not shutil.which("npm"):
+        return "no node"
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund", "abcjs@6.7.2"], cwd=folder,
+                       check=True, capture_output=True)
+        Path(folder, "in.json").write_text(json.dumps(texts))
+        Path(folder, "play.js").write_text(PLAY)
+        subprocess.run(["node", "play.js"], cwd=folder, check=True, capture_output=True)
+        played = json.loads(Path(folder, "out.json").read_text())
+    return float(np.mean([f1_in_time(by_abc2midi(text), rows) > .98
+                          for text, rows in zip(texts, played, strict=True)]))
+
+
+def by_abc2midi(text):
+    """abc2midi's notes [(pitch, onset, length)] in beats of the first tempo."""
+    score = symusic.Score.from_abc(text)
+    beats, seconds = LakhMIDI.clock([(tempo.time / score.tpq, tempo.qpm) for tempo in score.tempos])
+    first = (score.tempos[0].qpm if score.tempos else 120) / 60
+    notes = [(note.pitch, round(note.start, -1), round(note.end, -1))
+             for track in score.tracks for note in track.notes]  # a note's first tick is one late
+    at = [np.interp([row[k] / score.tpq for row in notes], beats, seconds) * first for k in (1, 2)]
+    return list(zip([row[0] for row in notes], at[0].tolist(), (at[1] - at[0]).tolist(), strict=True))
+
+
+def f1_in_time(notes, others):
+    waiting, found = collections.defaultdict(list), 0
+    for pitch, onset, length in others:
+        waiting[pitch].append((onset, length))
+    for pitch, onset, length in notes:
+        for row in waiting[pitch]:
+            if abs(row[0] - onset) <= 1 / 16 and abs(row[1] - length) <= max(1 / 16, length / 10):
+                waiting[pitch].remove(row)
+                found += 1
+                break
+    return 2 * found / max(1, len(notes) + len(others))
 
 
 def speed(files, cfg, folder, block=25):
@@ -141,25 +249,31 @@ def speed(files, cfg, folder, block=25):
 
 
 def rivals(files, run):
-    """Round trips of midi2abc and of symusic's dumps_abc, decoded by abc2midi."""
+    """The texts of other converters, heard by abc2midi."""
     def dumps_abc(data):
         return symusic.Score.from_midi(data, sanitize_data=True).dumps_abc().encode()
 
-    makers = {"midi2abc": lambda data: run("midi2abc", data, ".mid", ".abc"), "dumps_abc": dumps_abc}
+    makers = {"lytk": lambda data: lytk.to_abc(lytk.from_midi_bytes(data)).encode(), "dumps_abc": dumps_abc,
+              "midi2abc": lambda data: run("midi2abc", data, ".mid", ".abc")}
     found = {}
     for name, make in makers.items():
-        scores, chars, notes = [], 0, 0
+        scores, chars, notes, seconds = [], 0, 0, 0.0
         for _, data in files:
+            began = time.process_time()
             try:
-                reference = midi_notes(data)
                 abc = make(data)
-                midi = run("abc2midi", abc, ".abc", ".mid")
-                scores.append(note_f1(reference, midi_notes(midi)))
+                seconds += time.process_time() - began
+                reference = heard(data)[0]
+                other = heard(run("abc2midi", abc, ".abc", ".mid"))[0]
+                scores.append(alike(reference, other))
                 chars, notes = chars + len(abc), notes + len(reference.pitch)
-            except (Rejected, OSError, RuntimeError, subprocess.SubprocessError):
+            except (OSError, EOFError, RuntimeError, ValueError, IndexError, KeyError, lytk.LytkError,
+                    subprocess.SubprocessError):
                 scores.append(0.0)  # no text, or none that abc2midi reads
-        found[name] = {"F8": float(np.mean(scores)), "above_.99": float(np.mean(np.array(scores) > .99)),
-                       "chars/note": chars / max(notes, 1), "files": len(files)}
+        found[name] = {"F8 by abc2midi": round(float(np.mean(scores)), 4),
+                       "above .99": round(float(np.mean(np.array(scores) > .99)), 3),
+                       "chars a note": round(chars / max(notes, 1), 2),
+                       "ms": round(1e3 * seconds / len(files))}
     return found
 
 
@@ -315,13 +429,13 @@ def main():
     parser.add_argument("source", nargs="+")
     parser.add_argument("--files", type=int, default=0, help="at most so many files of each source")
     parser.add_argument("--rivals", type=int, default=0, help="run other converters on so many files")
-    parser.add_argument("--music21", type=int, default=0, help="read so many strict exports with music21")
+    parser.add_argument("--abcjs", type=int, default=0, help="play so many texts of each source with abcjs")
     parser.add_argument("--many", type=int, default=0, help="run the stage on so many files")
     parser.add_argument("--fuzz", type=int, default=0, help="convert so many mutants")
     parser.add_argument("--workers", type=int, default=2, help="of --many")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    cfg, result = LakhMIDI.Cfg(), {"bench": "convert", "when": time.strftime("%Y-%m-%d %H:%M")}
+    cfg, result = LakhMIDI.Cfg(), {}
     files = {Path(source).stem: midi_files(source, args.files) for source in args.source}
     everything = [file for part in files.values() for file in part]
     if args.many:
@@ -333,14 +447,18 @@ def main():
     else:
         with tools() as run, tempfile.TemporaryDirectory() as folder:
             for name, part in files.items():
-                result[name] = fidelity(part, cfg, run, args.music21) | speed(spread(part, 300), cfg, folder)
+                texts = []
+                result[name] = fidelity(part, cfg, run, texts) | speed(spread(part, 300), cfg, folder)
                 if args.rivals:
                     result[name]["rivals"] = rivals(spread(part, args.rivals), run)
+                if args.abcjs:
+                    chosen = [abc for _, abc in spread(texts, args.abcjs)]
+                    result[name]["played alike by abcjs"] = played_by_abcjs(chosen)
                 show(name, result[name])
             result["two workers"] = in_turn(spread(everything, 600), cfg, folder)
             show("two workers", result["two workers"])
-    with open(Path(__file__).with_name("results.jsonl"), "a", encoding="utf-8") as out:
-        out.write(json.dumps(result) + "\n")
+    part = "many" if args.many else "fuzz" if args.fuzz else ""
+    keep("convert", part, when=time.strftime("%Y-%m-%d"), **result)
 
 
 if __name__ == "__main__":
