@@ -2517,84 +2517,9 @@ def convert_one(data, cfg):
                   "n_tracks": len(score.voices), **identity(notes, drums)}
 
 
-# --- what tells one work from another
-
-SHINGLE = 12  # melodic intervals per shingle
-MIN_PITCHES = 5  # different pitches in a shingle; fewer is an accompaniment figure
-NUM_PERM = 256  # MinHash values per file
-MIN_JACCARD = 1 / 16  # estimated share of common shingles that makes two files one work ...
-MIN_COMMON = 10  # ... and their estimated number: some 22 successive notes
-MAX_GROUP = 100  # a group larger than this and than 1/200 of the files is a chain of chance
-
-
-def content_hash(notes, drums):
-    """128-bit hex digest of the notes: (drum?, onset, duration, pitch) in 1/48 beats from the first onset.
-
-    Equal for the same notes in another order of tracks or spread over other tracks, doubled, under other
-    instruments, names, tempi or ticks per beat; different once a note is transposed, moved or lengthened.
-    """
-    onset = np.rint(48 * (notes.onset - notes.onset.min(initial=np.inf))).astype(np.int64)
-    duration = np.rint(48 * notes.duration).clip(max=2**22 - 1).astype(np.int64)
-    # Packed as 1 + 32 + 22 + 8 bits, because np.unique on rows takes ten times longer.
-    packed = drums.astype(np.int64) << 62 | onset << 30 | duration << 8 | notes.pitch
-    return hashlib.blake2b(np.unique(packed).astype("<i8").tobytes(), digest_size=16).hexdigest()
-
-
-def top_notes(notes, pitched):
-    """Track, onset in 1/480 beat and pitch of the highest note of each chord of the masked notes, (C,) each.
-
-    A note within 1/16 beat of the one before belongs to its chord, so that strummed chords stay whole.
-    """
-    tick = np.rint(480 * notes.onset[pitched]).astype(np.int64)
-    # one sort of packed integers is much faster than np.lexsort
-    packed = np.sort(notes.voice[pitched].astype(np.int64) << 40 | tick << 8 | notes.pitch[pitched])
-    track, tick = packed >> 40, packed >> 8 & 0xFFFFFFFF
-    chord = np.flatnonzero(np.diff(track, prepend=-1).astype(bool) | (np.diff(tick, prepend=-99) > 30))
-    return track[chord], tick[chord], np.maximum.reduceat(packed & 0xFF, chord) if len(chord) else chord
-
-
 def are_drums(notes, voices):
     """(N,) bool for Notes and [(program, is_drum)] of their voices."""
     return np.array([drum for _, drum in voices], bool)[notes.voice]
-
-
-def melody(notes, drums):
-    """Hashes of the runs of SHINGLE intervals between the top notes of each track, and the beats in which
-    each run begins and ends: (S,) uint32, (S,), (S,).
-
-    Intervals forget the key, and rhythm is left out: a work transposed, re-orchestrated, written in halved
-    values or played by hand keeps its shingles. Drums have none.
-    """
-    track, tick, top = top_notes(notes, ~drums)
-    count, top = max(0, len(top) - SHINGLE), top.astype(np.uint64)
-    code, seen = np.zeros(count, np.uint64), np.uint64(1) << (top[SHINGLE:] & np.uint64(63))
-    for k in range(SHINGLE):
-        here = top[k : k + count]
-        code = code * np.uint64(0x9E3779B97F4A7C15) + (top[k + 1 : k + 1 + count] - here)  # modulo 2^64
-        seen |= np.uint64(1) << (here & np.uint64(63))
-    keep = (track[:count] == track[SHINGLE:]) & (np.bitwise_count(seen) >= MIN_PITCHES)
-    hashes, first, last = (code >> np.uint64(32)).astype(np.uint32), tick[:count] / 480, tick[SHINGLE:] / 480
-    return hashes[keep], first[keep], last[keep]
-
-
-def melodic_shingles(notes, drums):
-    """(S,) uint32: the different hashes of `melody`."""
-    return np.unique(melody(notes, drums)[0])
-
-
-def fingerprint(notes, drums):
-    """(NUM_PERM,) uint32 MinHash of the melodic shingles (Broder 1997), all 2^32 - 1 where there are none."""
-    sketch = MinHash(num_perm=NUM_PERM, hashfunc=int)
-    shingles = melodic_shingles(notes, drums)
-    for start in range(0, len(shingles), 4096):  # bounds the (shingles, NUM_PERM) table of a huge file
-        sketch.update_batch(shingles[start : start + 4096].tolist())
-    return sketch.hashvalues
-
-
-def identity(notes, drums):
-    """What the rows of report.jsonl hold to tell works apart."""
-    return {"hash": content_hash(notes, drums),
-            "signature": fingerprint(notes, drums).astype("<u4").tobytes().hex()}
 
 
 def convert_file(source, target, cfg):
@@ -2719,6 +2644,202 @@ def convert(cfg):
 # ============================================================================================================
 # 5 Tokenize: abc/report.jsonl, abc/ -> tokens/train.bin val.bin test.bin vocab.json tunes.jsonl stats.json
 # ============================================================================================================
+# A tune is trained on or held out together with its near-duplicates: arrangements, transpositions, cut and
+# played versions. Split file by file, as others do, 23 % of the held-out characters of the bundled folk tunes
+# would have a version in training. Versions are found by melody alone: a shingle is a run of 12 intervals
+# between top notes, a file is the MinHash of its shingles (Broder 1997), and files whose MinHashes agree are
+# joined into clusters. The numbers were chosen by benchmarks/bench_works.py; bands of columns, as in
+# MinHashLSH, miss re-arranged songs.
+#
+# A symbol is a character: with some 100 of them no model spends its weights on a vocabulary, and a loss in
+# nats per character has one meaning for all sizes. Token files are plain arrays that training maps to memory.
+
+SHINGLE = 12  # melodic intervals per shingle
+MIN_PITCHES = 5  # different pitches in a shingle; fewer is an accompaniment figure
+NUM_PERM = 256  # MinHash values per file
+MIN_JACCARD = 1 / 16  # estimated share of common shingles that makes two files near-duplicates ...
+MIN_COMMON = 10  # ... and their estimated number: some 22 successive notes
+MAX_CLUSTER = 100  # a cluster larger than this and than 1/200 of the files hangs together by chance
+
+
+# --- 1. Fingerprints: what two versions of a tune have in common
+
+def content_hash(notes, drums):
+    """128-bit hex digest of the notes: (drum?, onset, duration, pitch) in 1/48 beats from the first onset.
+
+    Equal for the same notes in another order of tracks or spread over other tracks, doubled, under other
+    instruments, names, tempi or ticks per beat; different once a note is transposed, moved or lengthened.
+    """
+    onset = np.rint(48 * (notes.onset - notes.onset.min(initial=np.inf))).astype(np.int64)
+    duration = np.rint(48 * notes.duration).clip(max=2**22 - 1).astype(np.int64)
+    # Packed as 1 + 32 + 22 + 8 bits, because np.unique on rows takes ten times longer.
+    packed = drums.astype(np.int64) << 62 | onset << 30 | duration << 8 | notes.pitch
+    return hashlib.blake2b(np.unique(packed).astype("<i8").tobytes(), digest_size=16).hexdigest()
+
+
+def top_notes(notes, pitched):
+    """Track, onset in 1/480 beat and pitch of the highest note of each chord of the masked notes, (C,) each.
+
+    A note within 1/16 beat of the one before belongs to its chord, so that strummed chords stay whole.
+    """
+    tick = np.rint(480 * notes.onset[pitched]).astype(np.int64)
+    # One sort of packed integers is much faster than np.lexsort.
+    packed = np.sort(notes.voice[pitched].astype(np.int64) << 40 | tick << 8 | notes.pitch[pitched])
+    track, tick = packed >> 40, packed >> 8 & 0xFFFFFFFF
+    chord = np.flatnonzero(np.diff(track, prepend=-1).astype(bool) | (np.diff(tick, prepend=-99) > 30))
+    return track[chord], tick[chord], np.maximum.reduceat(packed & 0xFF, chord) if len(chord) else chord
+
+
+def melody(notes, drums):
+    """Hashes of the runs of SHINGLE intervals between the top notes of each track, and the beats in which
+    each run begins and ends: (S,) uint32, (S,), (S,).
+
+    Intervals forget the key, and rhythm is left out: a tune transposed, re-orchestrated, written in halved
+    values or played by hand keeps its shingles. Drums have none.
+    """
+    track, tick, top = top_notes(notes, ~drums)
+    count, top = max(0, len(top) - SHINGLE), top.astype(np.uint64)
+    code, seen = np.zeros(count, np.uint64), np.uint64(1) << (top[SHINGLE:] & np.uint64(63))
+    for k in range(SHINGLE):
+        here = top[k:k + count]
+        code = code * np.uint64(0x9E3779B97F4A7C15) + (top[k + 1:k + 1 + count] - here)  # modulo 2^64
+        seen |= np.uint64(1) << (here & np.uint64(63))
+    keep = (track[:count] == track[SHINGLE:]) & (np.bitwise_count(seen) >= MIN_PITCHES)
+    hashes, first, last = (code >> np.uint64(32)).astype(np.uint32), tick[:count] / 480, tick[SHINGLE:] / 480
+    return hashes[keep], first[keep], last[keep]
+
+
+def melodic_shingles(notes, drums):
+    """(S,) uint32: the different hashes of `melody`."""
+    return np.unique(melody(notes, drums)[0])
+
+
+def fingerprint(notes, drums):
+    """(NUM_PERM,) uint32 MinHash of the melodic shingles, all 2^32 - 1 where there are none."""
+    sketch, shingles = MinHash(num_perm=NUM_PERM, hashfunc=int), melodic_shingles(notes, drums)
+    for start in range(0, len(shingles), 4096):  # bounds the (shingles, NUM_PERM) table of a huge file
+        sketch.update_batch(shingles[start:start + 4096].tolist())
+    return sketch.hashvalues
+
+
+def identity(notes, drums):
+    """What the rows of report.jsonl hold to tell tunes apart."""
+    return {"hash": content_hash(notes, drums),
+            "signature": fingerprint(notes, drums).astype("<u4").tobytes().hex()}
+
+
+# --- 2. Clusters of near-duplicates, and a split that cuts none
+
+def similar_pairs(signatures):
+    """(N, NUM_PERM) signatures -> ((P, 2) rows i, j that pass MIN_JACCARD and MIN_COMMON, (P,) similarities).
+
+    Candidates are neighbours in the sorted order of any one column, at most NUM_PERM * N of them: all pairs
+    with a value in common would be billions where a shingle is common.
+    """
+    n, codes = len(signatures), np.zeros(0, np.int64)
+    for columns in np.array_split(signatures.T, max(1, NUM_PERM // 16)):  # bounds memory
+        found = [codes]
+        for column in columns:
+            order = np.argsort(column, kind="stable")
+            same = np.flatnonzero(column[order][1:] == column[order][:-1])
+            found.append(order[same] * n + order[same + 1])
+        codes = np.unique(np.concatenate(found))
+    pairs = np.stack(np.divmod(codes, max(n, 1)), axis=1)
+
+    size = 2.0**32 / signatures.mean(axis=1, dtype=np.float64) - 1  # of the set, from its mean minimum
+    kept, similarity = [], []
+    for chunk in np.array_split(pairs, len(pairs) // 2**15 + 1):
+        jaccard = (signatures[chunk[:, 0]] == signatures[chunk[:, 1]]).mean(axis=1)
+        common = jaccard / (1 + jaccard) * size[chunk].sum(axis=1)
+        passed = (jaccard >= MIN_JACCARD) & (common >= MIN_COMMON)
+        kept.append(chunk[passed])
+        similarity.append(jaccard[passed])
+    return np.concatenate(kept), np.concatenate(similarity)
+
+
+def cluster(signatures, hashes, labels=None):
+    """(N,) names of the near-duplicate cluster of each of N files: the smallest content hash in it.
+
+    Files with equal hashes, equal labels or similar signatures, and what a chain of such files connects, are
+    one cluster, in any order of files. One that outgrows MAX_CLUSTER is chance: its files must be more
+    similar, at last by half.
+    """
+    unique, which, count = np.unique(np.asarray(hashes), return_inverse=True, return_counts=True)
+    # Equal notes on other tracks differ in signature; the MinHash of a union is the minimum of the MinHashes.
+    first = np.cumsum(count) - count
+    merged = np.minimum.reduceat(signatures[np.argsort(which, kind="stable")], first)
+    pairs, similarity = similar_pairs(merged)
+    first_of = {}
+    labelled = [(first_of.setdefault(label, i), i)
+                for label, i in zip(labels or range(len(which)), which.tolist(), strict=True)]
+
+    floor, largest = MIN_JACCARD, max(MAX_CLUSTER, len(unique) // 200)
+    while True:
+        i, j = np.concatenate([pairs, np.array(labelled, int).reshape(-1, 2)]).T
+        graph = coo_array((np.ones(len(i), bool), (i, j)), shape=(len(unique), len(unique)))
+        _, component = connected_components(graph, directed=False)
+        overgrown = np.bincount(component)[component[pairs[:, 0]]] > largest
+        if floor >= 1 / 2 or not overgrown.any():
+            break
+        floor *= 2
+        kept = ~overgrown | (similarity >= floor)
+        pairs, similarity = pairs[kept], similarity[kept]
+    smallest = np.unique(component, return_index=True)[1]  # first in a component, because hashes are sorted
+    return unique[smallest[component]][which]
+
+
+def split_clusters(clusters, chars, val_frac, test_frac, seed):
+    """(N,) 'train', 'val' or 'test' for N files: a cluster never crosses, fractions are of characters.
+
+    Clusters are drawn in the order of a hash of seed and name, so new files move few of the old ones. One
+    larger than a held-out share comes last: it goes to training unless nothing else is left to hold out.
+    No side is empty with 3 clusters or more.
+    """
+    names, which = np.unique(np.asarray(clusters), return_inverse=True)
+    size = np.bincount(which, weights=chars)
+    digests = [hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=6).digest() for name in names]
+    draw = np.array([int.from_bytes(drawn, "big") / 2.0**48 for drawn in digests])
+    budgets = {"test": test_frac * size.sum(), "val": val_frac * size.sum()}
+    large = size > min((budget for budget in budgets.values() if budget > 0), default=0)
+    order = np.argsort(np.where(large, 1 + size, draw), kind="stable")
+    side = np.full(len(names), "train")
+    for split, budget in budgets.items():
+        if budget > 0 and len(order) > 1:
+            fitting = np.searchsorted(np.cumsum(size[order]), budget, side="right")
+            taken = max(1, min(fitting, len(names) // 3))  # leaves a cluster for the other sides
+            side[order[:taken]], order = split, order[taken:]
+    return side[which]
+
+
+def leak_of_file_split(clusters, chars, val_frac, test_frac):
+    """Expected share of held-out files, and of their characters, that a split file by file leaks.
+
+    A file in a cluster of g has one of the other g - 1 in training with probability 1 - p^(g - 1), where p is
+    the share held out. Pass content hashes as clusters for the leak by exact duplicates alone.
+    """
+    _, which, members = np.unique(np.asarray(clusters), return_inverse=True, return_counts=True)
+    leak = 1 - (val_frac + test_frac) ** (members[which] - 1.0)
+    return {"files": len(which), "groups": len(members), "largest_group": int(members.max()),
+            "leaked_files": leak.mean(), "leaked_chars": np.average(leak, weights=chars)}
+
+
+def duplicates_last(tunes, budget):
+    """Training tunes -> (the same, at the end some of which another version stays before them; how many).
+
+    The last ones, of at most `budget` characters, are not trained on: the loss on them is what a split by
+    file takes for a loss on unseen music.
+    """
+    versions, first, last = Counter(tune["group"] for tune in tunes), [], []
+    for tune in tunes:
+        if versions[tune["group"]] > 1 and tune["n_chars"] <= budget:
+            versions[tune["group"]], budget = 0, budget - tune["n_chars"]  # the others come first
+            last.append(tune)
+        else:
+            first.append(tune)
+    return first + last, len(last)
+
+
+# --- 3. Vocabulary and token files
 
 START, END, UNKNOWN = 0, 1, 2  # ids of the symbols that are not characters
 
@@ -2728,6 +2849,9 @@ class Vocab(NamedTuple):
 
     `sounds`: the header lines for voices, instruments and drums that a tune in a thousand of training has. A
     prompt with others is brought down to its melody.
+
+    That a symbol is a character is assumed here, in write_tokens, by the kinds of characters in evaluation,
+    by bits per character, and where a sampled tune is read bar by bar.
     """
     chars: tuple
     sounds: tuple = ()
@@ -2756,125 +2880,11 @@ def code_points(text):
     return np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
 
 
-# --- works: the groups that a split may not cut
-
-def similar_pairs(signatures):
-    """(N, NUM_PERM) signatures -> ((P, 2) rows i, j that pass MIN_JACCARD and MIN_COMMON, (P,) similarities).
-
-    Candidates are neighbours in the sorted order of any one column. Bands of two or more columns, as in
-    MinHashLSH, miss re-arranged works, whose Jaccard similarity is about .08; and all pairs of one value
-    would be billions for a common shingle, where neighbours are at most NUM_PERM * N.
-    """
-    n, codes = len(signatures), np.zeros(0, np.int64)
-    for columns in np.array_split(signatures.T, max(1, NUM_PERM // 16)):  # bounds memory
-        found = [codes]
-        for column in columns:
-            order = np.argsort(column, kind="stable")
-            same = np.flatnonzero(column[order][1:] == column[order][:-1])
-            found.append(order[same] * n + order[same + 1])
-        codes = np.unique(np.concatenate(found))
-    pairs = np.stack(np.divmod(codes, max(n, 1)), axis=1)
-    size = 2.0**32 / signatures.mean(axis=1, dtype=np.float64) - 1  # of the set, from its mean minimum
-    kept, similarity = [], []
-    for chunk in np.array_split(pairs, len(pairs) // 2**15 + 1):
-        jaccard = (signatures[chunk[:, 0]] == signatures[chunk[:, 1]]).mean(axis=1)
-        common = jaccard / (1 + jaccard) * size[chunk].sum(axis=1)
-        passed = (jaccard >= MIN_JACCARD) & (common >= MIN_COMMON)
-        kept.append(chunk[passed])
-        similarity.append(jaccard[passed])
-    return np.concatenate(kept), np.concatenate(similarity)
-
-
-def group_works(signatures, hashes, labels=None):
-    """(N,) group ids for N files: the smallest content hash in each file's group, in any order of files.
-
-    Files with equal hashes, equal labels or similar signatures, and what a chain of such files connects, are
-    one group. A group that outgrows MAX_GROUP is chance: its files must be more similar, at last by half.
-    """
-    unique, which, count = np.unique(np.asarray(hashes), return_inverse=True, return_counts=True)
-    # Equal notes on other tracks differ in signature; the MinHash of a union is the minimum of the MinHashes.
-    pairs, similarity = similar_pairs(np.minimum.reduceat(
-        signatures[np.argsort(which, kind="stable")], np.cumsum(count) - count))
-    first, floor, labels = {}, MIN_JACCARD, labels or range(len(which))
-    labelled = [(first.setdefault(label, i), i) for label, i in zip(labels, which.tolist(), strict=True)]
-    while True:
-        i, j = np.concatenate([pairs, np.array(labelled, int).reshape(-1, 2)]).T
-        graph = coo_array((np.ones(len(i), bool), (i, j)), shape=(len(unique), len(unique)))
-        _, component = connected_components(graph, directed=False)
-        overgrown = np.bincount(component)[component[pairs[:, 0]]] > max(MAX_GROUP, len(unique) // 200)
-        if floor >= 1 / 2 or not overgrown.any():
-            break
-        floor *= 2
-        pairs, similarity = (column[~overgrown | (similarity >= floor)] for column in (pairs, similarity))
-    smallest = np.unique(component, return_index=True)[1]  # first in a component, because hashes are sorted
-    return unique[smallest[component]][which]
-
-
-def split_groups(group_ids, sizes_in_chars, val_frac, test_frac, seed):
-    """(N,) 'train', 'val' or 'test' for N files: a group never crosses, fractions are of characters.
-
-    Groups are drawn in the order of a hash of seed and id, so new files move few of the old ones. A group
-    larger than a held-out share comes last: it goes to training unless nothing else is left to hold out.
-    No side is empty with 3 groups or more.
-    """
-    ids, which = np.unique(np.asarray(group_ids), return_inverse=True)
-    chars = np.bincount(which, weights=sizes_in_chars)
-    digests = (hashlib.blake2b(f"{seed}:{g}".encode(), digest_size=6).digest() for g in ids)
-    draw = np.array([int.from_bytes(d, "big") / 2.0**48 for d in digests])
-    budgets = {"test": test_frac * chars.sum(), "val": val_frac * chars.sum()}
-    large = chars > min((b for b in budgets.values() if b > 0), default=0)
-    order = np.argsort(np.where(large, 1 + chars, draw), kind="stable")
-    side = np.full(len(ids), "train")
-    for name, budget in budgets.items():
-        if budget > 0 and len(order) > 1:
-            fit = np.searchsorted(np.cumsum(chars[order]), budget, side="right")
-            taken = max(1, min(fit, len(ids) // 3))  # leaves a group for the other sides
-            side[order[:taken]], order = name, order[taken:]
-    return side[which]
-
-
-def held_out_fractions(total_chars, cfg):
-    """(validation, test) shares: 1 % each, of a small corpus up to 10 % to reach 200,000 characters."""
-    enough = float(np.clip(200_000 / max(1, total_chars), 0.01, 0.1))
-    val = cfg.VAL_FRAC or enough
-    return val, cfg.TEST_FRAC or val
-
-
-def versions_last(tunes, budget):
-    """Training tunes -> (the same, at the end some of which another version stays before them; how many).
-
-    The last ones, of at most `budget` characters, are not trained on: the loss on them is what a split by
-    file takes for a loss on unseen music.
-    """
-    works, first, last = Counter(tune["group"] for tune in tunes), [], []
-    for tune in tunes:
-        if works[tune["group"]] > 1 and tune["n_chars"] <= budget:
-            works[tune["group"]], budget = 0, budget - tune["n_chars"]  # the other versions come first
-            last.append(tune)
-        else:
-            first.append(tune)
-    return first + last, len(last)
-
-
-def leak_of_file_split(group_ids, sizes_in_chars, val_frac, test_frac):
-    """Expected share of held-out files, and of their characters, that a split file by file leaks.
-
-    A file in a group of g has one of the other g - 1 in training with probability 1 - p^(g - 1), where p is
-    the share held out. Pass content hashes as ids for the leak by exact duplicates alone.
-    """
-    _, which, members = np.unique(np.asarray(group_ids), return_inverse=True, return_counts=True)
-    leak = 1 - (val_frac + test_frac) ** (members[which] - 1.0)
-    return {"files": len(which), "groups": len(members), "largest_group": int(members.max()),
-            "leaked_files": leak.mean(), "leaked_chars": np.average(leak, weights=sizes_in_chars)}
-
-
-# --- token files
-
 def read_blocks(tunes, desc, cfg, size=2**20):
     """Yields [(tune, text), ...] of about `size` characters: numpy on one short tune at a time is slow."""
-    root, block, chars = cfg.ABC_ROOT, [], 0
+    block, chars = [], 0
     for tune in progress(tunes, desc, unit="tune"):
-        with open(f"{root}/{tune['abc']}", "rb") as file:  # a fraction of the time of Path.read_text
+        with open(f"{cfg.ABC_ROOT}/{tune['abc']}", "rb") as file:  # a fraction of the time of Path.read_text
             block.append((tune, file.read().decode("utf-8")))
         chars += len(block[-1][1])
         if chars > size:
@@ -2916,6 +2926,8 @@ def write_tokens(split, tunes, vocab, cfg):
     return placed
 
 
+# --- 4. The stage
+
 @stage(version=3, knobs="VAL_FRAC TEST_FRAC SPLIT_BY SEED", reads=(convert,))
 def tokenize(cfg):
     """Splits the tunes so that no version of a held-out tune is trained on, and writes them as token ids."""
@@ -2927,53 +2939,60 @@ def tokenize(cfg):
     signatures = np.load(cfg.ABC_ROOT / "signatures.npy", mmap_mode="r")
     dump = "dump" in read_json(Path(cfg.DATA_ROOT, "midi_index.json"), {})  # a folder for each tune in it
     labels = [tune["file"].split("/")[0] if dump else tune["file"] for tune in tunes]
-    works = group_works(signatures, [tune["hash"] for tune in tunes], labels)
-    fractions = held_out_fractions(chars.sum(), cfg)
-    split_ids = works if cfg.SPLIT_BY == "work" else [tune["file"] for tune in tunes]
-    splits = split_groups(split_ids, chars, *fractions, cfg.SEED)
+    clusters = cluster(signatures, [tune["hash"] for tune in tunes], labels)
+
+    # Held out: 1 % each for validation and test, of a small corpus up to 10 % to reach 200,000 characters.
+    val = cfg.VAL_FRAC or float(np.clip(200_000 / chars.sum(), 0.01, 0.1))
+    fractions = val, cfg.TEST_FRAC or val
+    by_cluster = cfg.SPLIT_BY == "work"
+    splits = split_clusters(clusters if by_cluster else [tune["file"] for tune in tunes], chars, *fractions,
+                            cfg.SEED)
     members = {"train": [], "val": [], "test": []}
-    for i in sorted(range(len(tunes)), key=lambda i: shuffle_key(tunes[i], cfg)):
-        members[splits[i]].append(tunes[i] | {"group": str(works[i])})
-    need(all(members.values()), "too few different works to hold any out; add music or raise VAL_FRAC")
-    budget = fractions[0] * chars.sum() if cfg.SPLIT_BY == "work" else 0
-    members["train"], n_leaked = versions_last(members["train"], budget)
+    shuffle_key = [digest([cfg.SEED, tune["hash"], tune["file"]]) for tune in tunes]  # no order of the disk
+    for i in np.argsort(shuffle_key, kind="stable"):
+        members[splits[i]].append(tunes[i] | {"group": str(clusters[i])})
+    need(all(members.values()), "too few different tunes to hold any out; add music or raise VAL_FRAC")
+    members["train"], n_leaked = duplicates_last(members["train"], val * chars.sum() if by_cluster else 0)
+
     vocab = build_vocab(members["train"], cfg)
-    placed = {split: write_tokens(split, members[split], vocab, cfg) for split in members}
+    placed = {split: write_tokens(split, rows, vocab, cfg) for split, rows in members.items()}
     for tune in placed["train"][len(placed["train"]) - n_leaked:]:
         tune["leaked"] = True  # in train.bin, but not trained on
+    need(not all(tune["unknown"] for tune in placed["test"]), "every test tune has characters that the "
+         "training tunes lack, so nothing could be evaluated; add music or raise TEST_FRAC")
     write_jsonl(cfg.tokens_root / "tunes.jsonl", itertools.chain(*placed.values()))
     write_json(cfg.tokens_root / "vocab.json", vocab._asdict())
-    stats = corpus_statistics(report, placed, vocab, works, fractions, cfg)
+    stats = corpus_statistics(report, placed, vocab, clusters, fractions, cfg)
     write_json(cfg.tokens_root / "stats.json", stats)
     plot_lengths(chars, cfg.tokens_root / "length_distribution.png")
+
     sizes, leak = stats["splits"].items(), stats["works"]["leak_of_split_by_file"]
     say(f"tokenize  {len(vocab.chars)} symbols; " + ", ".join(
         f"{split} {row['tunes']:,} tunes {row['chars']:,} characters" for split, row in sizes))
-    say(f"tokenize  {len(tunes):,} tunes are {leak['groups']:,} works; split by {cfg.SPLIT_BY}. Split by "
-        f"file, {leak['leaked_chars']:.1%} of the held-out characters have a version in training")
+    say(f"tokenize  {len(tunes):,} tunes, {leak['groups']:,} clusters of near-duplicates. Split by file, "
+        f"{leak['leaked_chars']:.1%} of the held-out characters would have a version in training")
     names = (*(f"{split}.bin" for split in members), "vocab.json", "tunes.jsonl", "stats.json",
              "length_distribution.png")
     return [cfg.tokens_root / name for name in names]
 
 
-def shuffle_key(tune, cfg):
-    """A fixed shuffle: by a hash of the seed and the notes, whatever the order of files on the disk."""
-    return digest([cfg.SEED, tune["hash"], tune["file"]])
-
-
-def corpus_statistics(report, placed, vocab, works, fractions, cfg):
-    """What the report tells of the data: counts that balance, lengths, works, the leak of a split by file."""
+def corpus_statistics(report, placed, vocab, clusters, fractions, cfg):
+    """What stats.json tells of the data: counts that balance, lengths, clusters ("works", "groups"), the leak
+    of a split by file.
+    """
     tunes = [row for row in report if "abc" in row]
     reasons = Counter(row["reason"] for row in report if "reason" in row)
-    need(len(report) == len(tunes) + reasons.total(), "the books of convert do not balance: run it again")
+    need(len(report) == len(tunes) + reasons.total(),
+         "report.jsonl has files that are neither tunes nor rejected: run with --force --only convert")
     chars = np.array([tune["n_chars"] for tune in tunes])
-    sums, splits = ("chars", "notes", "seconds", "unknown"), {}
+    splits = {}
     for split, rows in placed.items():
-        splits[split] = {"tunes": len(rows), "groups": len({row["group"] for row in rows}),
-                         **{key: sum(row[key] for row in rows) for key in sums},
-                         "set aside": sum(row["chars"] + 2 for row in rows if "leaked" in row)}
+        splits[split] = {"tunes": len(rows), "groups": len({row["group"] for row in rows})}
+        for key in ("chars", "notes", "seconds", "unknown"):
+            splits[split][key] = sum(row[key] for row in rows)
+        splits[split]["set aside"] = sum(row["chars"] + 2 for row in rows if "leaked" in row)
     f1 = np.array([tune["f1"] for tune in tunes])
-    sizes = np.unique(works, return_counts=True)[1]
+    sizes = np.unique(clusters, return_counts=True)[1]
     quantiles = {"min": 0, "5%": 5, "25%": 25, "50%": 50, "75%": 75, "95%": 95, "99%": 99, "max": 100}
     return {"files": len(report), "converted": len(tunes), "converted_share": len(tunes) / len(report),
             "rejected": dict(reasons.most_common()), "vocabulary": vocab.chars,
@@ -2985,7 +3004,7 @@ def corpus_statistics(report, placed, vocab, works, fractions, cfg):
             "longest_1%_hold": np.sort(chars)[-max(1, len(chars) // 100):].sum() / chars.sum(),
             "works": {"groups": len(sizes), "largest": sizes.max(),
                       "in_groups_of_several": sizes[sizes > 1].sum(),
-                      "leak_of_split_by_file": leak_of_file_split(works, chars, *fractions)}}
+                      "leak_of_split_by_file": leak_of_file_split(clusters, chars, *fractions)}}
 
 
 def plot_lengths(chars, path):

@@ -1,4 +1,4 @@
-"""Does group_works find the versions of a work, only those, and in time? So its parameters were chosen.
+"""Does `cluster` find the versions of a tune, only those, and in time? So its parameters were chosen.
 
     python benchmarks/bench_works.py pop909.zip nottingham.zip [more ...]            quality, some minutes
     python benchmarks/bench_works.py --scale pop909.zip nottingham.zip [more ...]    speed, memory, chains
@@ -152,7 +152,7 @@ def quality(works):
             setattr(study, name, value)
         signatures, hashes = describe(everything)
         began = time.process_time()
-        groups = study.group_works(signatures, hashes)
+        groups = study.cluster(signatures, hashes)
         seconds = time.process_time() - began
         method = ", ".join(f"{k} {v:.4g}" for k, v in change.items()) or "as it is"
         rows.append({"method": method, **score(groups, everything, edited, n_edits), "seconds": seconds})
@@ -207,10 +207,10 @@ def chains(works, n=100_000):
     order, rows = np.random.default_rng(0).permutation(len(works)), []
     for share in (8, 4, 2, 1):
         part = order[:len(works) // share]
-        groups = study.group_works(signatures[part], hashes[part])
+        groups = study.cluster(signatures[part], hashes[part])
         rows.append({"files": f"{len(part):,} real", **sizes(groups)})
     for k in (3, 4, 5):
-        groups = study.group_works(imitations(works, n, k), np.array([f"made {i}" for i in range(n)]))
+        groups = study.cluster(imitations(works, n, k), np.array([f"made {i}" for i in range(n)]))
         rows.append({"files": f"{n:,} imitations of order {k}", **sizes(groups)})
     return rows
 
@@ -222,7 +222,7 @@ def sizes(groups):
 
 
 def scale():
-    """Seconds and memory of group_works on made-up signatures, a third of the files in groups."""
+    """Seconds and memory of cluster on made-up signatures, a third of the files in groups."""
     rows, rng = [], np.random.default_rng(0)
     for n in (20_000, 100_000, 176_581):
         signatures = rng.integers(0, 2**32 // 300, (n, study.NUM_PERM), dtype=np.uint32)
@@ -234,7 +234,7 @@ def scale():
         hashes = np.array([f"{i:032x}" for i in range(n)])
         tracemalloc.start()
         began = time.process_time()
-        groups = study.group_works(signatures, hashes)
+        groups = study.cluster(signatures, hashes)
         rows.append({"files": n, "seconds": time.process_time() - began,
                      "signatures MB": signatures.nbytes / 1e6,
                      "peak MB": tracemalloc.get_traced_memory()[1] / 1e6, **sizes(groups)})
