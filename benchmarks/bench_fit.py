@@ -3,9 +3,16 @@
 Simulated tables of five sizes over two decades with a known exponent. Error and coverage of fit_power_law
 against what is usually done; coverage of the bootstrap of fit_parametric_loss over runs and over points; how
 often tables that follow no power law are given an exponent. No data needed. Prints three tables.
+
+    python benchmarks/bench_fit.py chess.csv xlstm.csv
+
+fits public curves instead and prints law, ruler and persistence for the largest model of each family: CSVs
+with columns N, L and, if there are several, D and family. Losses of characters of chess and of xLSTM are in
+github.com/shikaiqiu/supercollapse and github.com/NX-AI/xlstm_scaling_laws.
 """
 
 import argparse
+import csv
 import sys
 import time
 import warnings
@@ -142,10 +149,41 @@ def verdicts(tables):
     return counts
 
 
+def public_tables(paths):
+    """Prints, for the CSV files of a user, what the laws say and how they predict the largest model."""
+    for path in paths:
+        with open(path, newline="", encoding="utf-8") as file:
+            table = csv.DictReader(file)
+            rows = [{key.strip().lower(): value for key, value in row.items()} for row in table]
+        for family in sorted({row.get("family", "") for row in rows}):
+            mine = [row for row in rows if row.get("family", "") == family]
+            N, L = (np.array([row[key] for row in mine], float) for key in ("n", "l"))
+            fits = {"L(N)": (study.fit_power_law, (N, L))}
+            if "d" in rows[0]:
+                D = np.array([row["d"] for row in mine], float)
+                whole = D == D.max()
+                fits = {"L(N)": (study.fit_power_law, (N[whole], L[whole])),
+                        "L(N, D)": (study.fit_parametric_loss, (N, D, L))}
+            for name, (law, columns) in fits.items():
+                fit = study.attempt(law, *columns)
+                if fit["status"] == "refused":
+                    print(f"{path} {family} {name}: {fit['reason']}")
+                    continue
+                errors = [fit["holdout"][key] for key in ("error", "ruler_error", "persistence_error")]
+                shown = ["none" if error is None else f"{error:+.2%}" for error in errors]
+                print(f"{path} {family} {name}: alpha {study.with_ends(fit['alpha'])}, {fit['status']}; the "
+                      "largest: law {}, ruler {}, persistence {}".format(*shown))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tables", type=int, default=200, help="simulated tables per row")
-    tables = parser.parse_args().tables
+    parser.add_argument("files", nargs="*", help="CSV files of public curves, fitted instead")
+    args = parser.parse_args()
+    if args.files:
+        public_tables(args.files)
+        return
+    tables = args.tables
     rows = power_laws(tables)
     print(f"alpha = {ALPHA}, five sizes, one seed, {tables} tables; errors and times are relative")
     print("{:>6s}  {:26s}{:>9s}{:>9s}{:>9s}{:>9s}{:>8s}".format(*HEAD))
