@@ -5694,7 +5694,7 @@ def read_prompt(prompt, cfg, bars=8, vocab=None):
         if reader.bar > bars:
             break
         kept.append(line)
-    return "".join(kept) if reader.bar else text  # of a single bar all
+    return "".join(kept) if reader.bar > 1 else text  # of one bar or two all
 
 
 def melody_voice(score):
