@@ -1495,13 +1495,13 @@ def read_events(data):
     heads = ends + 1  # where the number that begins here is over
     status = body[heads]
     jumps = np.where((status < 0xC0) | (status & 0xF0 == 0xE0), heads + 2 + (status >= 128), 0).tolist()
-    follows, begins, metas, counts = heads.tolist(), [], {}, []
+    begins, metas, counts = [], {}, []
     while data[at:at + 4].isalnum() and at + 8 <= len(data):
         stop, before = at + 8 + int.from_bytes(data[at + 4:at + 8]), len(begins)
         if stop > len(data) * 1.1:
             raise Rejected("bad_bytes", "a track is cut off")
         sound = data[at:at + 4] != b"MTrk" or walk_track(
-            data, at + 8, min(stop, len(data)), jumps, follows, begins, metas)
+            data, at + 8, min(stop, len(data)), jumps, heads, begins, metas)
         if not sound:
             begins.pop()
         if not sound and stop <= len(data):
@@ -1529,7 +1529,7 @@ def read_events(data):
     return ticks_per_beat, (track, tick - before[track], status, *pair), metas
 
 
-def walk_track(data, at, stop, jumps, follows, begins, metas):
+def walk_track(data, at, stop, jumps, heads, begins, metas):
     """Appends where the events of a track begin; False where the track is damaged."""
     size = 0  # bytes of data that follow the status that runs on; 0: none does yet
     while at < stop:
@@ -1537,14 +1537,14 @@ def walk_track(data, at, stop, jumps, follows, begins, metas):
         if jumps[at] and size == 2:
             at = jumps[at]
             continue
-        head = follows[at]
+        head = int(heads[at])
         byte = data[head] if head < stop else 0xF1
         if byte < 0xF0:
             size = size if byte < 0x80 else 1 if 0xC0 <= byte < 0xE0 else 2
             at = head + (byte >= 0x80) + size
         else:
             length = head + 1 + (byte == 0xFF)
-            text = follows[min(length, stop)]
+            text = int(heads[min(length, stop)])
             at = text + number(data[length:text])
             if byte == 0xFF:
                 metas[len(begins) - 1] = data[head + 1], data[text:at]
@@ -1591,7 +1591,11 @@ def read_score(source):
     sound = track << 11 | channel << 7 | program
     there = np.bincount(sound) > 0
     voice = (np.cumsum(there) - 1)[sound]
-    notes = merge_duplicates(Notes(voice, onset / ticks_per_beat, (end - onset) / ticks_per_beat, pitch))
+    order = stable_order(voice * 128 + pitch)  # they are by time already; of equal ones the last sounds
+    string, at = (voice * 128 + pitch)[order], onset[order]
+    order = order[np.append((string[1:] != string[:-1]) | (at[1:] != at[:-1]), True)[:len(order)]]
+    voice, onset, end, pitch = (column[order] for column in (voice, onset, end, pitch))
+    notes = Notes(voice, onset / ticks_per_beat, (end - onset) / ticks_per_beat, pitch)
     voices = [(sound & 127, sound >> 7 & 15 == 9) for sound in np.flatnonzero(there).tolist()]
     timed = sorted((int(tick[event]) / ticks_per_beat, event, *meta) for event, meta in metas.items()
                    if meta[0] in (0x51, 0x58))
@@ -2056,16 +2060,13 @@ def write_pieces(texts, tied, item, length, tuplets, unit):
 
 
 def write_lines(music, n_voices, metres, tempos, bars, unit):
-    """{(bar, voice): layers} -> lines of text: a bar, or several silent ones, of all voices.
+    """{(bar, voice): layers} -> text: a line for a bar, or several silent ones, of all voices.
 
     [M:] stands in every voice and in a layer that next sounds, [Q:] in the first voice. In abcjs a Z after a
     change of metre has the old length, so there a silent voice has a rest.
     """
     tags = [f"[V:{voice + 1}]" for voice in range(n_voices)] if n_voices > 1 else [""]
     lines, due, known = [], 0, {}
-    # To abcjs a rest of four beats is a bar by the metre of the header, if that is shorter.
-    semibreve, minim = (length_text(ticks, unit) for ticks in (4 * BEAT, 2 * BEAT))
-    semibreve = re.compile(rf"z{semibreve}(?![/\d])" if metres[0][0] < metres[0][1] else "(?!)")
     now = first = "[M:{}/{}]".format(*metres[0])
     for bar in [*sorted({bar for bar, _ in music} | metres.keys() | tempos.keys()), len(bars) - 1]:
         if bar > due:
@@ -2084,11 +2085,14 @@ def write_lines(music, n_voices, metres, tempos, bars, unit):
                     layers[layer] = now + layers[layer]
                 known[voice, layer] = now
             fields = now * change + tempos.get(bar, "") * (bar > 0 and voice == 0)
-            cell = semibreve.sub(f"z{minim}z{minim}", "&".join(layers))
-            line.append(f"{tag}{fields}{cell}|")
+            line.append(f"{tag}{fields}{'&'.join(layers)}|")
         lines.append("".join(line))
         due = bar + 1
-    return lines
+    if metres[0][0] >= metres[0][1]:
+        return "\n".join(lines)
+    # To abcjs a rest of four beats lasts a bar by the metre of the header, if that is shorter.
+    semibreve, minim = (length_text(ticks, unit) for ticks in (4 * BEAT, 2 * BEAT))
+    return re.sub(rf"z{semibreve}(?![/\d])", f"z{minim}z{minim}", "\n".join(lines))
 
 
 def program_channels(voices):
@@ -2149,10 +2153,12 @@ def score_to_abc(score, cfg):
     seconds = np.interp(bars / BEAT, *time)
     fields = tempo_fields(seconds, bars)
     metres = {bar: metre for bar, metre in metres.items() if bar < n_bars}
-    layers = [max(len(music.get((bar, voice), "1")) for bar in range(n_bars)) for voice in range(len(voices))]
+    layers = [1] * len(voices)
+    for (_, voice), lines in music.items():
+        layers[voice] = max(layers[voice], len(lines))
     lines = write_header(voices, layers, octaves, metres[0], fields[0], unit, key_name,
                          bool((chords.size > 1).any()))
-    lines += write_lines(music, len(voices), metres, fields, bars, 4 * BEAT // unit)
+    lines.append(write_lines(music, len(voices), metres, fields, bars, 4 * BEAT // unit))
     abc = "\n".join(lines) + "\n"
     if len(abc) > cfg.MAX_ABC_CHARS:
         raise Rejected("too_many_chars", f"{len(abc)}")
