@@ -3841,18 +3841,6 @@ def wait_for_ranks():
         raise ConnectionError("the process of rank 0 is lost; the same command goes on") from error
 
 
-def share_of_rank(runs):
-    """The runs that this process trains: from the largest on, each goes to the one that has least to do."""
-    rank, count, _ = ranks()
-    work, mine = [0] * count, []
-    for run in reversed(runs):
-        least = work.index(min(work))
-        work[least] += rough_weights(run.size)
-        if least == rank:
-            mine.insert(0, run)
-    return mine
-
-
 # --- the stage
 
 TRAIN_VERSION = 4  # raise it when the code trains differently
@@ -3866,13 +3854,14 @@ SHARED_KNOBS = ("TRAIN_TOKENS_TARGET BATCH_TOKENS SEQ_LEN BUDGETS LR LR_ADAM BET
        by_all=True)
 def train(cfg):
     """Trains every model of the study on the same characters in the same order, from small to large."""
-    vocab, runs, rank = read_vocab(cfg), planned_runs(cfg), ranks()[0]
+    vocab, runs, (rank, count, _) = read_vocab(cfg), planned_runs(cfg), ranks()
     need(len(read_tokens("val", vocab, cfg)) > 1, "no validation tune; add MIDI files or raise VAL_FRAC")
     if cfg.DEVICE == "cuda":  # more processes than GPUs share them
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
     todo = [run for run in runs if not finished(run, cfg)]
     wait_for_ranks()  # until all have looked at what there is to do
-    mine = share_of_rank(todo)
+    turns = [*range(count), *reversed(range(count))]  # the largest first, to and fro: about equal shares
+    mine = [run for run, turn in zip(todo[::-1], itertools.cycle(turns)) if turn == rank][::-1]
     work = sum(training_flops(run, len(vocab.chars), cfg) for run in mine)
     bar_format = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
     with progress(total=work, desc="train", bar_format=bar_format, disable=rank > 0) as bar:
