@@ -3664,8 +3664,7 @@ def train_model(run, vocab, cfg, bar):
                          "lr": cfg.LR * share, "tokens_per_s": rate}
                 for key, value in point.items():
                     t.curve[key].append(value)
-                with naming(log), open(log, "a", encoding="utf-8") as lines:
-                    lines.write(json.dumps({**point, "step": t.step, "branch": decay_end}) + "\n")
+                append_line(log, {**point, "step": t.step, "branch": decay_end})
                 bar.set_postfix_str(f"{run.name} loss {t.losses[-1]:.3f} {rate:,.0f} char/s", False)
 
             # 8 A checkpoint now and then
@@ -3689,7 +3688,8 @@ def train_model(run, vocab, cfg, bar):
     write_checkpoint(run.path("model.pt", cfg), {
         "format": CHECKPOINT_FORMAT, "model": own_weights(t.model), "size": list(run.size),
         "seq_len": cfg.SEQ_LEN, "vocab": [[*part] for part in vocab], "result": t.rows[-1]})
-    write_json(run.path("record.json", cfg), {"rows": t.rows, "curve": t.curve})
+    size = run.path("model.pt", cfg).stat().st_size
+    write_json(run.path("record.json", cfg), {"rows": t.rows, "curve": t.curve, "model_bytes": size})
     for kind in ("resume.pt", "trunk.pt"):
         run.path(kind, cfg).unlink(missing_ok=True)
 
@@ -3721,19 +3721,20 @@ def own_weights(model):
     return {name: weight.cpu().clone() for name, weight in model.state_dict().items()}
 
 
-@contextlib.contextmanager
-def naming(path):
-    """An error in writing names the file: neither torch's writer nor the write to a full disk does."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise OSError(f"can't write {path}: {reason}; is the disk full?") from error
-
-
 def write_checkpoint(path, content):
-    with naming(path), atomic_path(path) as partial:
-        torch.save(content, partial)
+    with atomic_path(path) as partial:
+        try:
+            torch.save(content, partial)
+        except RuntimeError as error:  # torch's own writer names no reason
+            raise OSError(None, str(error).partition("\n")[0] + "; is the disk full?") from error
+
+
+def append_line(path, row):
+    try:
+        with open(path, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror}") from error
 
 
 def load_checkpoint(path):
@@ -3889,8 +3890,10 @@ def training_flops(run, vocab_size, cfg):
 
 
 def finished(run, cfg):
-    """The record of a run that was trained to its end, else None."""
-    return read_json(run.path("record.json", cfg)) if run.path("model.pt", cfg).exists() else None
+    """The record of a run that was trained to its end and has its model, else None."""
+    record, model = read_json(run.path("record.json", cfg), {}), run.path("model.pt", cfg)
+    whole = record and model.exists() and model.stat().st_size == record["model_bytes"]
+    return record if whole else None
 
 
 def state_prediction_first(run, cfg, wait=False):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import LakhMIDI as study
 
 STUDY = {"STUDY": "smoke", "DEVICE": "cpu", "SEQ_LEN": 16, "BATCH_TOKENS": 64, "SAVE_EVERY_S": 0.0,
-         "MODELS": ("gpt_8w", "lstm_10w"), "TRAIN_TOKENS_TARGET": 64 * 150, "DECAY_FRAC": 0.5}
+         "MODELS": ("gpt_8w", "lstm_10w"), "TRAIN_TOKENS_TARGET": 64 * 100, "DECAY_FRAC": 0.5}
 
 
 def killing(function, calls):
@@ -57,7 +57,7 @@ def attempt(run, cfg, places, steps=0):
 
 
 def main(knobs, kills):
-    study.tokenize.recipe = lambda cfg: {}
+    study.tokenize.identity = lambda cfg: "one corpus"
     chance, outcome, knobs = random.Random(0), {}, json.loads(knobs)
     for n in (0, int(kills)):
         cfg = study.Cfg(**STUDY, **knobs | {"SAVE_DIR": Path(knobs["SAVE_DIR"], f"killed {n} times")})
@@ -65,7 +65,7 @@ def main(knobs, kills):
             places = Path(cfg.SAVE_DIR, f"{run.name}.places")
             places.parent.mkdir(parents=True, exist_ok=True)
             for _ in range(n):
-                if os.WTERMSIG(attempt(run, cfg, places, chance.randint(12, 26))) != signal.SIGKILL:
+                if os.WTERMSIG(attempt(run, cfg, places, chance.randint(8, 16))) != signal.SIGKILL:
                     sys.exit("it ended before it was killed")
             if attempt(run, cfg, places):
                 sys.exit("it failed")
