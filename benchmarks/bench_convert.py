@@ -352,7 +352,7 @@ def many(files, n, workers):
         cfg = LakhMIDI.Cfg(USE_LOCAL_MIDI=True, LOCAL_MIDI_ROOT=root, DATA_ROOT=data_root, WORKERS=workers)
         LakhMIDI.extract(cfg)
         over, peak, parent = threading.Event(), {"resident": 0, "own": 0}, []
-        journal = data_root / "abc" / "journal_0_of_1.jsonl"
+        journal = data_root / "abc" / "journal.jsonl"
         watcher = threading.Thread(target=watch, args=(over, journal, peak, parent))
         watcher.start()
         began, before = time.perf_counter(), cpu_seconds()
