@@ -4142,8 +4142,9 @@ class LawGrid:
         a_ends = np.add(self.range_of(lambda alpha, log_rho: alpha * origin), 0 * np.array(self.alpha_ends))
         found = {"alpha": (self.log_alpha, *self.alpha_ends),
                  "a": (self.level + self.alpha * origin, *a_ends), "c": (self.level + self.log_rho, *c_ends)}
-        return {name: dict(zip(("value", "lo", "hi"), map(finite, np.exp(logs)), strict=True))
-                for name, logs in found.items()}
+        with np.errstate(over="ignore"):  # a is the loss of a model of one parameter
+            return {name: dict(zip(("value", "lo", "hi"), map(finite, np.exp(logs)), strict=True))
+                    for name, logs in found.items()}
 
     def predict(self, N):
         """Arrays (loss, lo, hi) at sizes N, nan where three points leave nothing to judge the noise by."""
@@ -4443,7 +4444,7 @@ def fit_parametric_loss(N, D, L, *, run_id=None, delta=1e-3, n_boot=1000, rng=0)
                      "hi": finite(scale(hi)) if hi < most else None}
     residuals = np.log(L / parametric_loss(p, N, D))
     law["sigma_log"] = float(np.sqrt(np.sum(residuals**2) / max(len(L) - 5, 1)))
-    law["holdout"] = parametric_holdout(N, D, L, run_id, delta, min(n_boot, 200), rng, law["sigma_log"])
+    law["holdout"] = parametric_holdout(N, D, L, run_id, delta, min(n_boot, 100), rng, law["sigma_log"])
     whole = D == D.max()
     law["rivals"] = rival_laws(check_points(N[whole], L[whole])) if len(np.unique(N[whole])) >= 4 else {}
     law["status"], law["reason"] = verdict(law, ("alpha", "beta"))
@@ -4473,9 +4474,9 @@ def compute_frontier(law, flops_budgets, flops_per_parameter_token=6.0, most_tok
 
     rows = []
     for flops in np.atleast_1d(flops_budgets):
-        row = {"flops": float(flops)}
-        spread = optimum(draws, flops / flops_per_parameter_token)
-        for key, value in optimum(best, flops / flops_per_parameter_token).items():
+        row, pairs = {"flops": float(flops)}, flops / flops_per_parameter_token
+        spread = optimum(draws, pairs)
+        for key, value in optimum(best, pairs).items():
             lo, hi = np.quantile(spread[key], [0.025, 0.975])
             row |= {key: float(value), f"{key}_lo": float(lo), f"{key}_hi": float(hi)}
         rows.append(row)
@@ -4608,9 +4609,9 @@ GLOSSARY = {
 
 
 def fit_surface(runs, n_boot):
-    """L(N, D) of the rows of one family."""
+    """L(N, D) of the rows of one family; 400 draws give an end of an interval to 7 % of half its width."""
     columns = [[run[column] for run in runs] for column in ("n_fit", "tokens", "val_loss")]
-    return attempt(fit_parametric_loss, *columns, run_id=[run["run"] for run in runs], n_boot=n_boot)
+    return attempt(fit_parametric_loss, *columns, run_id=[r["run"] for r in runs], n_boot=min(n_boot, 400))
 
 
 def fit_family(runs, stated, n_boot):
@@ -4629,7 +4630,7 @@ def fit_family(runs, stated, n_boot):
     return out
 
 
-@stage(version=3, knobs="BOOTSTRAP", reads=(train,), root="SAVE_DIR")
+@stage(version=3, knobs="BOOTSTRAP", reads=(tokenize, train), root="SAVE_DIR")
 def fit(cfg):
     """Laws, comparison, figures: scaling_results.json -> fits.json, scaling_points.csv, *.png in SAVE_DIR."""
     folder, families = Path(cfg.SAVE_DIR), {}
@@ -4689,9 +4690,10 @@ def plan(cfg, budget):
         print(form.format(f"{family}, best so far", f"{best['n_fit']:.3g}", f"{best['tokens']:.3g}",
                           f"{best['epochs']:.3g}", f"{best['val_loss']:.3g}"))
         flops = amount * (seconds * law["flops_per_s"] if seconds else 1)
-        row = {"reason": "its speed was not measured"}
+        row, surface = {"reason": "its speed was not measured"}, law["parametric"]
         if flops:
-            row = plan_row(runs, fit_surface(runs, cfg.BOOTSTRAP), flops)
+            believed = surface["status"] in BELIEVED  # only then are the draws worth being made again
+            row = plan_row(runs, fit_surface(runs, cfg.BOOTSTRAP) if believed else surface, flops)
         if "reason" in row:
             print(f"{family}, {budget}: {row['reason']}")
             continue
