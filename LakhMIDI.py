@@ -87,6 +87,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import verovio
 from datasketch import MinHash
+from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from pebble import ProcessExpired, ProcessPool
@@ -5352,21 +5353,24 @@ def opening(text, most):
 def write_music(models, best, real, cfg):
     """Yields the real tunes, then each model's by kind: lists of {"run", "kind", "prompt", "text", "ended"}.
 
-    Kinds: "unprompted", "valid" (the same, bars drawn again, see `sample`), and of the best model "prompted".
+    Kinds: "unprompted", "valid" (the same, bars drawn again, see `sample`), "same" (every model goes on from
+    the same four bars), and of the best model "prompted", with the "real" tune that the prompt is from.
     """
     most = cfg.SAMPLE_CHARS
     yield [{"run": "real", "kind": "real", "prompt": "", "text": text[:most], "ended": len(text) <= most}
            for text in real]
     for run, (model, vocab, _) in models.items():
         n = cfg.SAMPLES if run == best else min(cfg.SAMPLES, 100)
-        prompts = {"unprompted": [""] * n, "valid": [""] * min(n, 100)}
+        prompts = {"unprompted": [""] * n, "valid": [""] * min(n, 100), "same": [first_bars(real[0], 4)]}
         if run == best:
             prompts["prompted"] = [opening(text, most // 2) for text in real]
         for kind, given in prompts.items():
             found = sample(model, vocab, given, max_chars=most, seed=cfg.SEED, temperature=cfg.TEMPERATURE,
                            top_p=cfg.TOP_P, valid=kind == "valid", label=f"{run} {kind}")
-            yield [{"run": run, "kind": kind, "prompt": prompt, **tune, "text": complete_lines(tune["text"])}
-                   for prompt, tune in zip(given, found, strict=True)]
+            originals = real if kind == "prompted" else [""] * len(given)
+            yield [{"run": run, "kind": kind, "prompt": prompt, "real": original, **tune,
+                    "text": complete_lines(tune["text"])}
+                   for prompt, original, tune in zip(given, originals, found, strict=True)]
 
 
 def name_shown(tunes, best, cfg):
@@ -5386,6 +5390,8 @@ def judge(tune, cfg):
     if tune["shown"]:
         path = Path(cfg.SAVE_DIR, tune["shown"], tune["name"])
         write_tune(path, text, tune["prompt"], score=tune["shown"] == "best_samples")
+        if tune["kind"] == "prompted":
+            write_tune(f"{path}_real", tune["real"], tune["prompt"])
     parsed = read_abc(text)
     shingles, *beats = melody(parsed.notes, are_drums(parsed.notes, parsed.voices))
     bars = [np.searchsorted(bar_starts(parsed), beat + 1e-3, "right") for beat in beats]
@@ -5487,7 +5493,7 @@ def evaluate(cfg):
     for tune in tunes:
         groups.setdefault((tune["run"], tune["kind"]), []).append(tune)
     limit = float(np.quantile([tune["copy"]["share"] for tune in groups["real", "real"]], 0.95))
-    table = [emergence_row(group, limit, cfg) for group in groups.values()]
+    table = [emergence_row(group, limit, cfg) for (_, kind), group in groups.items() if kind != "same"]
 
     for folder in SAMPLE_FOLDERS:
         write_json(save / folder / "metadata.json", [tune for tune in tunes if tune["shown"] == folder])
@@ -5614,7 +5620,8 @@ def draw_roll(tune, begin=0.0, given_bars=0):
         at = (float(seconds_at(tune, join)) - begin) * x
         shapes.append(f'<path d="M{at:.1f} 0V{ROLL_HEIGHT}" stroke="currentColor" stroke-dasharray="4 3"/>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" class="roll" viewBox="0 0 {ROLL_WIDTH} {ROLL_HEIGHT}"'
-            f' data-seconds="{length:.3f}" font-family="sans-serif" font-size="10" fill="currentColor"'
+            f' preserveAspectRatio="none"'
+            f' data-seconds="{length:.3f}" font-family="sans-serif" font-size="13" fill="currentColor"'
             f' role="img" aria-label="Piano roll">{"".join(shapes)}'
             f'<path class="head" d="M0 0V{ROLL_HEIGHT}" stroke="currentColor" stroke-width="0"/></svg>')
 
@@ -5749,112 +5756,133 @@ def tune_in_words(tune, prompt, cfg):
 # ============================================================================================================
 # 10 Report and main: every JSON of the run -> runs_lakh/report.html
 # ============================================================================================================
+# One page for two readers. A musician finds three players on the first screen, then every shown tune as a
+# card. A researcher finds five bullets, figures, tables and a checklist. All of it comes from the run's JSON
+# and the files of the tunes: nothing is typed by hand, nothing is fetched, and text from files is escaped.
+# The one script moves a line over the piano rolls, lights up notes and seeks; without it the page is whole.
 
+SCRIPT = """
+for (const figure of document.querySelectorAll('.play')) {
+  const audio = figure.querySelector('audio'), roll = figure.querySelector('svg')
+  if (!audio || !roll) continue
+  figure.classList.add('live')
+  const scale = roll.viewBox.baseVal.width / roll.dataset.seconds, head = roll.querySelector('.head')
+  const notes = [...roll.querySelectorAll('rect')], starts = notes.map(note => +note.getAttribute('x'))
+  const ends = notes.map((note, i) => starts[i] + +note.getAttribute('width'))
+  const show = () => {
+    const x = audio.currentTime * scale
+    head.setAttribute('transform', `translate(${x})`)
+    notes.forEach((note, i) => note.classList.toggle('lit', !audio.paused && starts[i] <= x && x < ends[i]))
+    if (!audio.paused) requestAnimationFrame(show)
+  }
+  audio.onseeked = audio.onpause = show
+  audio.onplay = () => {
+    for (const other of document.querySelectorAll('audio')) if (other != audio) other.pause()
+    show()
+  }
+  roll.onclick = click => {
+    const box = roll.getBoundingClientRect()
+    audio.currentTime = (click.clientX - box.left) / box.width * roll.dataset.seconds
+    audio.play()
+  }
+}
+for (const box of document.querySelectorAll('.scroll'))
+  if (box.scrollWidth <= box.clientWidth) box.classList.add('fits')
+"""
+STYLE = """
+:root { color-scheme: light dark; --ink: #1d2733; --paper: #fff; --line: #8884; --accent: #0072b2 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #d8dee6; --paper: #14181d; --accent: #56b4e9 }
+  img { background: #fff; filter: brightness(.88) } img.score { background: none; filter: invert(.85) }
+  .roll rect { filter: brightness(1.4) }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 64rem;
+  margin: 0 auto; padding: .8rem 1rem; overflow-wrap: break-word }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: .2rem 0 } a { color: var(--accent) }
+h2 { margin: 2.6rem 0 .6rem; border-bottom: 2px solid var(--accent) }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } p { margin: .5rem 0 } summary { cursor: pointer }
+.note { font-size: .88rem; opacity: .85 } .lead { font-size: 1.1rem }
+figure { margin: .4rem 0 } img, svg { max-width: 100%; height: auto; display: block }
+audio { width: 100%; height: 2.4rem } .part img { max-width: min(46rem, 100%) } .narrow { display: none }
+.cards { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)) }
+.card { border: 1px solid var(--line); border-radius: 6px; padding: .7rem; min-width: 0 }
+.card h3 { margin-top: 0 } .card p { margin: .25rem 0; font-size: .9rem }
+.first { display: grid; gap: .3rem 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)) }
+.first .roll { height: 56px } .first text { display: none } .first p { margin: 0; font-size: .9rem }
+.row { display: flex; gap: 1rem; overflow-x: auto; padding-bottom: .5rem } .row .card { flex: 0 0 16rem }
+.roll { border: 1px solid var(--line); border-radius: 4px; width: 100%; box-sizing: border-box }
+.live .roll { cursor: pointer } .live .head { stroke-width: 1.5 } .lit { fill: var(--ink) }
+.scroll { overflow-x: auto; margin: .3rem 0 }
+.scroll:not(.fits)::before { content: "A wide table scrolls sideways."; font-size: .8rem; opacity: .8 }
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums }
+th, td { padding: .22rem .4rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
+th { min-width: 3rem } td.words { text-align: left; min-width: 10rem } td.number { white-space: nowrap }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
+pre { background: #8881; padding: .6rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  max-height: 22rem; overflow-y: auto }
+@media (max-width: 40rem) { .wide { display: none } .narrow { display: block } h1 { font-size: 1.3rem }
+  .lead { font-size: 1rem } }
+@media print { :root { --ink: #000; --paper: #fff } body { max-width: none; font-size: 10px; padding: 0 }
+  audio, details, .scroll::before { display: none } .scroll { overflow: visible } table { font-size: 7.5px }
+  td.number { white-space: normal } figure, tr, .card { break-inside: avoid } .row { flex-wrap: wrap }
+  img { filter: none } h2, h3 { break-after: avoid } }
+"""
 TABLE = """{%- macro table(caption, rows) %}{% if rows %}<h3>{{ caption }}</h3><div class="scroll"><table>
 <tr>{% for name in rows[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for value in row.values() %}<td>{{ value | show }}</td>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for value in row.values() %}{% set cell = value | show %}
+<td class="{{ 'words' if cell | length > 30 else 'number' }}">{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endif %}{% endmacro %}
 """
 PAGE = TABLE + """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'">
-<title>Lakh MIDI Scaling Study</title><link rel="icon" href="data:,">
-<style>
-:root { color-scheme: light dark; --ink: #1d2733; --paper: #fff; --line: #8884; --accent: #0072b2 }
-@media (prefers-color-scheme: dark) { :root { --ink: #d8dee6; --paper: #14181d; --accent: #56b4e9 }
-  img { background: #fff; filter: brightness(.88) } }
-body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 62rem; margin: 0 auto; padding: 1rem }
-h1 { line-height: 1.2 } h2 { margin-top: 2.8rem; border-bottom: 2px solid var(--accent) }
-img { max-width: 100%; height: auto; border-radius: 4px } figure { margin: 1rem 0 }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: 1rem 0 }
-h3 { font-size: .95rem; margin: 1.4rem 0 -.6rem }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right }
-td { white-space: nowrap }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
-pre { background: #8881; padding: .7rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
-  max-height: 24rem; overflow-y: auto }
-.verdict { border-left: 4px solid var(--accent); padding-left: .8rem }
-.note { font-size: .88rem; opacity: .85 } .tune p { margin: .2rem 0 }
-.tunes { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1rem }
-.tune { border: 1px solid var(--line); border-radius: 6px; padding: .7rem; min-width: 0 }
-audio { width: 100%; height: 2.4rem } summary { cursor: pointer }
-@media print { :root { --ink: #000; --paper: #fff } body { max-width: none; font-size: 10px; padding: 0 }
-  audio, details { display: none } .scroll { overflow: visible } td { white-space: normal }
-  table { font-size: 8px } figure, tr, .tune { break-inside: avoid } img { filter: none }
-  h2, h3 { break-after: avoid } }
-</style></head><body>
-{%- macro picture(name, alt) %}{% if images[name] %}
-<figure><img src="{{ images[name] }}" alt="{{ alt }}"></figure>{% endif %}{% endmacro %}
-{%- macro gallery(tunes) %}<div class="tunes">{% for tune in tunes %}
-<div class="tune"><strong>{{ tune.name }}</strong>
-<p class="note">{{ tune.verdict }}</p>
-{% if tune.png %}<img src="{{ tune.png }}" alt="Piano roll of {{ tune.name }}">{% endif %}
-{% if tune.mp3 %}<audio controls preload="metadata" src="{{ tune.mp3 }}"></audio>{% endif %}
-{% if tune.svg %}<details><summary>Score</summary>
-<img src="{{ tune.svg }}" alt="Score of {{ tune.name }}"></details>{% endif %}
-<details><summary>ABC</summary><pre>{{ tune.abc }}</pre></details></div>{% endfor %}</div>{% endmacro %}
-<h1>How loss falls with size: Transformers and LSTMs on symbolic music</h1>
-<p>{{ tables.training | length }} models on {{ results.corpus }}, {{ tables.training[-1].tokens | show }}
-training characters each; {{ results.device }}, torch {{ results.torch }}.</p>
-<h2>In short</h2>
-<ul>{% for sentence in summary %}<li>{{ sentence }}</li>{% endfor %}</ul>
-<h2>Listen</h2>
-<p>Tunes by {{ evaluation.best }}, the best model: the first of each kind, not selected. “Prompted” ones go
-on from the beginning of a tune that no model has seen; of “valid” ones each bar was drawn again until it
-read as a bar.</p>
-{{ gallery(tunes.best_samples) }}
-<h2>Size by size</h2>
-<p>The first tune of every other model and, for comparison, the first of the real ones.</p>
-{{ gallery(tunes.samples) }}
-<h2>Data</h2>
-{{ table("What became of the files", tables.files) }}
-{{ table("The split, by " ~ tables.split_by, tables.splits) }}
-<p>{{ tables.duplicates }}</p>
-{{ picture("length_distribution.png", "Histogram of the lengths of tunes in characters") }}
-<h2>Training</h2>
-{{ table("All models at the full budget; nats per character, over all held-out ones", tables.training) }}
-{{ picture("training_curves.png", "Training loss against characters seen, one line per model") }}
-<h2>Laws</h2>
-{% for family, verdict in tables.verdicts.items() %}
-<p class="verdict"><strong>{{ family }}</strong>: {{ verdict }}</p>{% endfor %}
-{{ table("L(N) = a N^-alpha + c, with 95 % profile intervals", tables.laws) }}
-{{ table("The largest model, predicted from the smaller ones before it was trained", tables.predictions) }}
-{{ table("The families compared", tables.comparison) }}
-{{ table("L(N, D) = E + A / N^alpha + B / D^beta, with 95 % bootstrap intervals", tables.surfaces) }}
-{{ table("The best use of so many hours on this machine, by L(N, D)", tables.frontier) }}
-{{ picture("combined_scaling.png", "Validation loss of both families against parameters and compute") }}
-{% for key, family in families.items() if key + "_scaling.png" in images %}
-{{ picture(key + "_scaling.png", "Scaling law of the " + family.label + "s") }}{% endfor %}
-<h2>Where the loss is</h2>
-{{ table("Test loss in units that compare across notations", tables.units) }}
-{{ table("Test loss by kind of character, bits per character", tables.kinds) }}
-{{ table("Test loss by place in the window, bits per character", tables.positions) }}
-<h2>What emerges at which size</h2>
-{{ table("Strictly valid tunes [95 % interval]", tables.validity) }}
-<p class="note">Valid: the tune ended by itself, every bar adds up, every bracket, tie and tuplet is closed,
-it is not silent, and abc2midi reads the text without an error and hears the same notes. “Valid or cut” also
-takes tunes that were whole as far as they went when they were stopped after {{
-evaluation.sample_chars | show }} characters. Real tunes go through the same checks: they are the ceiling. A
-shingle is a run of 12 melodic intervals; a copy shares more of them with one training tune than {{
-evaluation.copy_limit | show }}, which 95 % of the real held-out tunes stay within.</p>
-{{ table("How the tunes compare with real music: means [95 % bootstrap interval]", tables.metrics) }}
-<p class="note">Definitions of MusPy and MGEval: entropy of the pitch classes in bits, share of notes in the
-best scale, notes at once, likeness of the rhythms of neighbouring bars, notes per beat, share of bars in
-which no note begins, share of bars heard before in the tune.</p>
-<h2>To repeat this</h2>
-<p>Made by <code>python LakhMIDI.py</code>, study {{ results.study }}, seed {{ results.knobs.SEED }};
-samples with temperature {{ knobs.TEMPERATURE }} and top-p {{ knobs.TOP_P }}. Every figure here is drawn
-from the JSON files beside this page.</p>
-{{ table("Versions", tables.versions) }}
-<details><summary>All knobs of the training</summary><pre>{% for name, value in results.knobs.items() -%}
-{{ name }} = {{ value }}
-{% endfor %}</pre></details>
-</body></html>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; media-src data:;
+ style-src 'unsafe-inline'; script-src 'sha256-{{ script_hash }}'">
+<title>{{ title }}</title><link rel="icon" href="data:,"><style>{{ style }}</style></head><body>
+{%- macro player(tune) %}<figure class="play">{{ tune.roll }}
+{% if tune.mp3 %}<audio controls preload="metadata" src="{{ tune.mp3 }}"></audio>{% endif %}</figure>
+{% endmacro %}
+{%- macro card(tune) %}<div class="card"><h3>{{ tune.title }}</h3><p>{{ tune.verdict }} {{ tune.heard }}</p>
+{{ player(tune) }}
+{% if tune.original %}<p>What the real tune did:</p>{{ player(tune.original) }}{% endif %}
+<p>{{ tune.nearest }}</p><p>Download {% for kind, link in tune.links.items() %}
+<a download="{{ tune.name }}{{ kind }}" href="{{ link }}">{{ kind }}</a>{% endfor %}</p>
+{% if tune.svg %}<details><summary>Score</summary><p>{{ tune.left_out }}</p>
+<img class="score" src="{{ tune.svg }}" alt="Score of {{ tune.title }}"></details>{% endif %}
+<details><summary>ABC</summary><pre>{{ tune.abc }}</pre></details></div>{% endmacro %}
+<h1>{{ title }}</h1>
+<p class="lead">{{ lead }}</p>
+<div class="first">{% for label, tune in first %}<div><p><strong>{{ label }}</strong><br>{{ tune.short }}</p>
+{{ player(tune) }}</div>{% endfor %}</div>
+<p class="note">{% for name, value in about.items() %}{{ name }}: {{ value }}.
+{% endfor %}</p>
+{% for title, text, tunes, form in groups if tunes %}<h2>{{ title }}</h2><p>{{ text }}</p>
+<div class="{{ form }}">{% for tune in tunes %}{{ card(tune) }}{% endfor %}</div>{% endfor %}
+{% for title, bullets, figures, caption, tables, notes in sections %}<h2>{{ title }}</h2>
+<ul>{% for text in bullets %}<li>{{ text }}</li>{% endfor %}</ul>
+{% for figure, form in figures if figure -%}
+<figure class="{{ form }}"><img src="{{ figure }}" alt="{{ caption }}"></figure>{% endfor %}
+<p class="note">{{ caption }}</p>{% for caption, rows in tables %}{{ table(caption, rows) }}{% endfor %}
+<p class="note">{{ notes }}</p>{% endfor %}
+{% if cite %}<h2>Cite</h2><pre>{{ cite }}</pre><details><summary>All knobs of the training</summary><pre>
+{%- for name, value in knobs.items() %}{{ name }} = {{ value }}
+{% endfor %}</pre></details>{% endif %}
+<script>{{ script }}</script></body></html>
 """
+FAULTS = {  # what check_abc names, in words
+    "bar_length": "bars that do not add up", "open_tie": "a tie that leads nowhere", "cut": "cut off",
+    "open_bracket": "an open bracket", "open_tuplet": "an unfinished tuplet", "bad_char": "stray characters",
+    "no_bar_line": "a missing bar line", "silent_bars": "voices out of step", "silent": "hardly any notes",
+    "abc2midi_error": "abc2midi finds an error", "other_notes": "abc2midi hears other notes"}
+SAMPLE_KINDS = {"real": "real", "unprompted": "begun from nothing", "prompted": "continued",
+                "valid": "bars redrawn", "same": "four bars continued"}
+LICENCES = {FOLK: "public domain", "The Session": "Open Database License", "Lakh": "CC BY 4.0"}
+NETWORKS = {"N": "n_fit", "D, characters": "tokens", "epochs": "epochs", "validation loss": "val_loss",
+            "FLOPs": "flops", "characters/s": "tokens_per_s", "seconds": "wall_s"}
+LOSSES = {"nats/character": "test_loss", "\u00b1 s.e.": "test_loss_se", "bits/character": "test_bpc",
+          "bits/note": "bits_per_note", "bits/second of music": "bits_per_second",
+          "nats/character, near-duplicates of trained tunes": "leaked_loss"}
 
 
 def show(value):
@@ -5869,9 +5897,29 @@ def show(value):
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
-def percent(estimate):
-    """A share with its interval in per cent."""
-    return {key: share if share is None else round(100 * share, 1) for key, share in estimate.items()}
+def rounded(estimate, digits=2, scale=1):
+    """A number, or one with its interval, times `scale`, as the text of a cell."""
+    ends = estimate if isinstance(estimate, dict) else {"value": estimate}
+    ends = {key: end if end is None else round(scale * end, digits) for key, end in ends.items()}
+    return show(ends if isinstance(estimate, dict) else ends["value"])
+
+
+def percent(share):
+    return rounded(share, 1, 100)
+
+
+def playing_time(seconds):
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+def family_name(family):
+    return FAMILIES[family].label
+
+
+def model_name(run):
+    """gpt_1M -> Transformer 1M."""
+    family, _, size = run.partition("_")
+    return f"{family_name(family)} {size}" if size else run
 
 
 def page_template(source):
@@ -5886,172 +5934,304 @@ def html_table(caption, rows):
     return page_template(TABLE + "{{ table(caption, rows) }}").render(caption=caption, rows=rows)
 
 
+def write_page(path, title, lead, **content):
+    """Writes a page that needs no other file; of the parts that PAGE has, those in `content`."""
+    content = {"first": [], "about": {}, "groups": [], "sections": [], "cite": "", "knobs": {}} | content
+    script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    write_text(path, page_template(PAGE).render(
+        content, title=title, lead=lead, style=Markup(STYLE), script=Markup(SCRIPT), script_hash=script_hash))
+
+
 def data_uri(path):
     """A file as an address that needs no network; None where there is no such file."""
-    kinds = {".png": "image/png", ".mp3": "audio/mpeg", ".svg": "image/svg+xml"}
+    kinds = {".png": "image/png", ".svg": "image/svg+xml", ".mp3": "audio/mpeg", ".mid": "audio/midi",
+             ".abc": "text/vnd.abc"}
     if not path.exists():
         return None
     return f"data:{kinds[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def page_data(stats, results, fits, evaluation):
-    """The tables of the page, each a list of {column: value}, and some sentences."""
-    works, leak = stats["works"], stats["works"]["leak_of_split_by_file"]
-    kept = stats["round_trip_f1"]["mean"]
-    return {
-        "files": [{"outcome": "converted", "files": stats["converted"]},
-                  *({"outcome": f"rejected: {why}", "files": n} for why, n in stats["rejected"].items())],
-        "splits": [{"split": split, **row} for split, row in stats["splits"].items()],
-        "split_by": stats["split_by"],
-        "duplicates": f"{stats['converted']:,} tunes are {works['groups']:,} works; "
-                      f"{works['in_groups_of_several']:,} tunes have a version among the others. Split by "
-                      f"file, {leak['leaked_chars']:.1%} of the held-out characters have a version of their "
-                      f"tune in training{'; here none has' if stats['split_by'] == 'work' else ', as here'}."
-                      f" The text keeps {kept:.4%} of the notes (F1, onset within 1/8 beat) and takes "
-                      f"{stats['chars_per_note']:.2f} characters per note.",
-        **training_data(results, evaluation["models"]), **law_data(fits["families"]),
-        "comparison": comparison_rows(fits.get("comparison", [])), **music_data(evaluation),
-        "versions": [{"package": name, "version": importlib.metadata.version(name)}
-                     for name in ("torch", "numpy", "scipy", "symusic", "music21")]}
+# --- tunes
+
+def show_tune(path, tune, title=""):
+    """What the page shows of a tune (a row of metadata.json) that write_tune wrote to `path`."""
+    files = {kind: Path(f"{path}.{kind}") for kind in ("abc", "mid", "mp3", "svg")}
+    text = files["abc"].read_text("utf-8")
+    parsed = read_abc(text)
+    begin, given_bars = heard_from(parsed, tune["prompt"])
+    end = float(seconds_at(parsed, end_of_notes(parsed.notes)))
+    key = f"{parsed.key[:-1]} minor" if parsed.key.endswith("m") else f"{parsed.key} major"
+    metre = "/".join(map(str, parsed.metres[0][1:])) if parsed.metres else "no metre"
+
+    until = min(begin + SOUND_SECONDS, end)
+    heard = "all" if begin == 0 and until == end else f"{playing_time(begin)} to {playing_time(until)}"
+    heard += f" of {playing_time(end)}"
+    score = files["svg"].read_text("utf-8") if files["svg"].exists() else ""
+    left_out = re.search("<desc>(.*?)</desc>", score)
+    number, kind = int(tune["name"].rpartition("_")[2]), SAMPLE_KINDS[tune["kind"]]
+    return {"name": tune["name"], "title": title or f"Tune {number}, {kind}, {key}, {metre}",
+            "short": f"{key}, {metre}, {heard}", "heard": f"Heard: {heard}.",
+            "verdict": verdict_in_words(tune, parsed), "is_valid": tune["check"]["valid"], "abc": text,
+            "roll": Markup(draw_roll(parsed, begin, given_bars)), "nearest": nearest_in_words(tune),
+            "left_out": html.unescape(left_out[1]) if left_out else "", "original": None,
+            "mp3": data_uri(files["mp3"]), "svg": data_uri(files["svg"]),
+            "links": {f".{kind}": data_uri(files[kind]) for kind in ("mid", "abc")}}
 
 
-def training_data(results, tested):
-    """Tables of the training and of the test losses."""
-    loss, first = {row["run"]: row for row in tested}, tested[0]["by_kind"]
-    return {
-        "training": [{"model": row["run"], "N": row["n_fit"], "all parameters": row["n_params"],
-                      "tokens": row["tokens"], "epochs": row["epochs"], "validation loss": row["val_loss"],
-                      "test loss": loss[row["run"]]["test_loss"],
-                      "\u00b1 s.e.": loss[row["run"]]["test_loss_se"],
-                      "on versions of trained tunes": loss[row["run"]]["leaked_loss"],
-                      "PFLOPs": row["flops"] / 1e15,
-                      "char/s": row["tokens_per_s"], "seconds": row["wall_s"]}
-                     for row in results["runs"] if row["main"]],
-        "units": [{"model": row["run"], "nats/character": row["test_loss"], "bits/character": row["test_bpc"],
-                   "perplexity": row["test_perplexity"], "bits/note": row["bits_per_note"],
-                   "bits/second of music": row["bits_per_second"]} for row in tested],
-        "kinds": [{"model": "share of characters",
-                   **{name: f"{kind['share']:.1%}" for name, kind in first.items()}},
-                  *({"model": row["run"], **{name: kind["bits"] for name, kind in row["by_kind"].items()}}
-                    for row in tested)],
-        "positions": [{"model": row["run"], **{f"{at['from']}\u2013{at['to'] - 1}": at["bits"]
-                                               for at in row["by_position"]}} for row in tested]}
+def verdict_in_words(tune, parsed):
+    """Whether a tune is valid, and if not, what is wrong in which bar."""
+    found = []
+    for reason in tune["check"]["reasons"]:
+        bars = sorted({fault.bar + 1 for fault in parsed.faults if fault.reason == reason})
+        where = f" (bar {', '.join(map(str, bars[:4]))}{' ...' * (len(bars) > 4)})" if bars else ""
+        found.append(FAULTS.get(reason, reason.replace("_", " ")) + where)
+    return f"Not valid: {'; '.join(found)}." if found else "Valid."
 
 
-def law_data(families):
-    """Tables of the laws; a law that was refused has no row."""
-    def fitted(law):
-        return {family: found[law] for family, found in families.items() if found[law]["status"] != "refused"}
-    stated = [found["prediction"] for found in families.values() if found.get("prediction")]
-    return {
-        "verdicts": {family.upper(): found["verdict"] for family, found in families.items()},
-        "laws": [{"family": family, "alpha": law["alpha"], "c (nats)": law["c"], "status": law["status"]}
-                 for family, law in fitted("power_law").items()],
-        "predictions": [{"model": row["model"], "stated at": row["stated_at"],
-                         "predicted": dict(row, value=row["predicted"]), "reached": row["observed"],
-                         "error": f"{row['error']:+.2%}",
-                         "verdict": {True: "hit", False: "miss", None: "no interval"}[row["hit"]]}
-                        for row in stated],
-        "surfaces": [{"family": family, **{name: law[name] for name in ("alpha", "beta", "E", "status")}}
-                     for family, law in fitted("parametric").items()],
-        "frontier": [{"family": family, "hours": row["hours"],
-                      **{name: {"value": row[key], "lo": row[f"{key}_lo"], "hi": row[f"{key}_hi"]}
-                         for name, key in (("N", "n"), ("characters D", "d"), ("loss", "loss"))}}
-                     for family, found in families.items() for row in found.get("frontier", [])]}
+def nearest_in_words(tune):
+    """The training tune that a tune has most in common with."""
+    copied = tune["copy"]
+    if not copied["nearest"]:
+        return f"No {SHINGLE + 1} notes on end in common with any training tune."
+    first, last = copied["bars"]
+    return (f"Nearest training tune: {copied['nearest']}, with {copied['share']:.0%} of this melody; longest "
+            f"passage in common: bars {first} to {last}, {copied['notes']} notes.")
 
 
-def comparison_rows(comparison):
-    """Rows on how two families of a study differ; a part that was refused has its reason instead."""
-    rows = []
-    for pair in comparison:
-        for key, unit in (("equal_parameters", "parameters"), ("equal_flops", "FLOPs")):
-            part, name = pair[key], f"loss of {' / '.join(pair['families'])} at equal {unit}"
-            rows.append({"comparison": name, "value": part if part.get("value") is not None else None,
-                         "at": part.get("at"), "remark": part.get("reason", "")})
-            for gap in ("bits_per_note", "nats"):
-                if part.get(gap):
-                    rows.append({"comparison": f"the same, difference in {gap.replace('_', ' ')}",
-                                 "value": part[gap], "at": part["at"], "remark": ""})
-    return rows
+def page_tunes(save, evaluation):
+    """The first three players, (label, tune) each, and the groups of cards: (title, text, tunes, form)."""
+    rows = [(save / folder / row["name"], row) for folder in SAMPLE_FOLDERS
+            for row in read_json(save / folder / "metadata.json", [])]
+    best, sizes = evaluation["best"], {row["run"]: row["n_fit"] for row in evaluation["models"]}
+    family = best.partition("_")[0]
+    smallest = min((run for run in sizes if run.partition("_")[0] == family), key=sizes.get)
+    cards, same, first = [], {}, {}
+    for path, row in rows:
+        run, kind = row["run"], row["kind"]
+        if kind == "same":
+            same[run] = show_tune(path, row, f"{model_name(run)}, {sizes[run]:,} weights")
+            continue
+        tune = show_tune(path, row)
+        if kind == "prompted":
+            tune["original"] = show_tune(f"{path}_real", row)
+        if run == best:
+            cards.append(tune)
+        if kind in ("real", "unprompted") and not first.get(run, {}).get("is_valid"):
+            first[run] = tune
+
+    labels = {"real": "A real tune", smallest: f"Smallest network, {sizes[smallest]:,} weights",
+              best: f"Best network, {sizes[best]:,} weights"}
+    right, wrong = ([tune for tune in cards if tune["is_valid"] == valid] for valid in (True, False))
+    groups = [
+        ("Tunes that are right", f"By {model_name(best)}, the best network: of each kind the first ones, not "
+         "selected. Continued: from a real tune, whose notes are grey; bars redrawn: each bar is drawn again "
+         "until it adds up. A click into a picture plays from there. Right, or valid, means: every bar adds "
+         "up, every tie and bracket is closed, the tune is not silent and came to its end by itself, and "
+         "abc2midi hears the notes that our own reader finds.", right, "cards"),
+        ("What goes wrong", "The others of the same tunes.", wrong, "cards"),
+        ("The same four bars, continued by each size", "From small to large; the row scrolls sideways.",
+         [same[run] for run in sorted(same, key=sizes.get)], "row")]
+    return [(label, first[run]) for run, label in labels.items() if run in first], groups
 
 
-def music_data(evaluation):
-    """Tables of the samples: what emerges at which size."""
-    sizes = {row["run"]: row["n_fit"] for row in evaluation["models"]}
-    free = [{**row, "tunes": "real, held out" if row["run"] == "real" else f"{row['run']}, {row['kind']}"}
-            for row in evaluation["music"]]
-    names = list(dict.fromkeys(name for row in free for name in row["metrics"]))
-    return {
-        "validity": [{"tunes": row["tunes"], "N": sizes.get(row["run"]), "n": row["n"],
-                      "bars that add up": f"{row['bars_right']:.1%}", "ended": row["ended"],
-                      "valid, %": percent(row["valid"]), "valid or cut, %": percent(row["valid_or_cut"]),
-                      "tries a bar": row.get("tries", ""), "gave up": row.get("gave_up", ""),
-                      "shingles from training, %": f"{row['known']:.0%}", "copies, %": percent(row["copied"]),
-                      "faults": ", ".join(f"{why} {n}" for why, n in list(row["reasons"].items())[:4])}
-                     for row in free],
-        "metrics": [{"tunes": row["tunes"],
-                     **{name.replace("_", " "): row["metrics"].get(name, NO_ESTIMATE) for name in names}}
-                    for row in free if row["kind"] not in ("prompted", "valid")]}
+# --- for researchers
 
-
-def in_short(tables, evaluation, leak):
-    """The study in a few sentences; `leak` is that of a split by file, from stats.json."""
+def in_short(stats, fits, evaluation):
+    """What the study found: five sentences with intervals and counts."""
     best = next(row for row in evaluation["models"] if row["run"] == evaluation["best"])
     music = {row["kind"]: row for row in evaluation["music"] if row["run"] in ("real", best["run"])}
-    share = {kind: f"{row['valid']['value']:.0%}" for kind, row in music.items()}
-    held = f", {share['valid']} when bars are drawn again until they are right" if "valid" in share else ""
-    copied = {kind: f"{music[kind]['copied']['value']:.0%}" for kind in ("unprompted", "real")}
-    return [f"The best model, {best['run']}, needs {best['test_bpc']:.3f} bits per character on tunes that "
-            f"it has not seen: {best['bits_per_note']:.2f} per note, {best['bits_per_second']:.1f} per "
-            "second of music.",
-            *(f"{row['model']} was predicted, before it was trained, to reach "
-              f"{row['predicted']['value']:.4f} nats per character; it reached {row['reached']:.4f}: "
-              f"{row['verdict']}." for row in tables["predictions"]),
-            *(f"{family}: {verdict}" for family, verdict in tables["verdicts"].items()),
-            f"Of its tunes {share['unprompted']} are strictly valid music when it begins from nothing, "
-            f"{share['prompted']} when it goes on from a real tune{held}; of real tunes {share['real']}. "
-            f"{music['unprompted']['bars_right']:.0%} of its bars add up.",
-            f"{copied['unprompted']} of its tunes share more of their melody with one training tune than "
-            f"95 % of real tunes do; of the real tunes themselves {copied['real']} do.",
-            tables["duplicates"], *leak_effect(best, leak)]
+    losses = [f"{row['loss']}: {show(row['value'])}" for row in comparisons(fits) if row["at"]]
+    losses += [f"the best network, {model_name(best['run'])}, needs {best['bits_per_note']:.2f} bits a note, "
+               f"{best['test_loss']:.4f} \u00b1 {best['test_loss_se']:.4f} nats a character, on "
+               f"{evaluation['test_chars']:,} characters of unseen tunes"]
+    laws = [f"{family_name(family)}: {law['verdict']}" for family, law in fits["families"].items()]
+    stated = [f"{row['network']}, predicted at {show(row['predicted'])} nats a character beforehand, reached "
+              f"{row['reached']:.4f} ({row['error']}): {row['verdict']}" for row in predictions(fits)]
+    valid = [f"{SAMPLE_KINDS[kind]}, {percent(row['valid'])} % of {row['n']}" for kind, row in music.items()]
+    copied = [f"{SAMPLE_KINDS[kind]}, {percent(music[kind]['copied'])} %" for kind in ("unprompted", "real")]
+    heard = (f"valid tunes: {'; '.join(valid)}. Nearer to a training tune than 95 % of real tunes: "
+             f"{'; '.join(copied)}")
+    leak = stats["works"]["leak_of_split_by_file"]["leaked_chars"]
+    texts = ["; ".join(losses), " ".join(laws), "; ".join(stated), heard, leak_effect(best, leak)]
+    return [f"{text[0].upper()}{text[1:].rstrip('.')}." for text in texts if text]
 
 
-def leak_effect(best, leak):
-    """What a split by file would have reported for the best model, in no sentence or one."""
+def leak_effect(best, share):
+    """What a split by file would have reported for the best model, as far as it is known."""
+    text = f"split by file, {share:.1%} of the held-out characters would have a near-duplicate in training"
     if best["leaked_loss"] is None:
-        return []
-    p, honest, leaked = leak["leaked_chars"], best["test_loss"], best["leaked_loss"]
-    errors = [show(best[f"{name}_loss_se"]) for name in ("leaked", "test")]
-    return [f"On tunes with a version in training {best['run']} has a loss of {leaked:.4f} \u00b1 "
-            f"{errors[0]} nats per character, on the honest test set {honest:.4f} \u00b1 {errors[1]}: split "
-            f"by file, a test would have reported about {p * leaked + (1 - p) * honest:.4f}."]
+        return text
+    leaked, honest = (f"{best[key]:.4f} \u00b1 {best[key + '_se']:.4f}"
+                      for key in ("leaked_loss", "test_loss"))
+    mixed = share * best["leaked_loss"] + (1 - share) * best["test_loss"]
+    return (f"{text}; on such tunes {model_name(best['run'])} has a loss of {leaked} nats a character, on "
+            f"honest test tunes {honest}: that split would have reported about {mixed:.4f}")
 
 
-def shown_tunes(folder):
-    """What the page shows of the tunes in one of SAMPLE_FOLDERS."""
-    tunes = []
-    for tune in read_json(folder / "metadata.json", []):
-        path, faults = folder / tune["name"], ", ".join(tune["check"]["reasons"])
-        tunes.append({"name": tune["name"], "abc": Path(f"{path}.abc").read_text("utf-8"),
-                      **{kind: data_uri(Path(f"{path}.{kind}")) for kind in ("mp3", "png", "svg")},
-                      "verdict": (f"not valid: {faults}" if faults else "valid")
-                      + f"; {tune['check']['bars']} bars; nearest: {tune['copy']['nearest'] or 'none'}"})
-    return tunes
+def page_sections(stats, results, fits, evaluation, pictures):
+    """What researchers read: (title, bullets, [(picture, form)], caption, tables, notes) of each section."""
+    def figures(*names):  # a narrow screen shows their panels one by one
+        found = [(name, "wide" if f"{name}_panel0" in pictures else "part") for name in names]
+        found += [(name, "narrow") for name in pictures if name.rpartition("_panel")[0] in names]
+        return [(pictures[name], form) for name, form in found if name in pictures]
+
+    runs = [row for row in results["runs"] if row["main"]]
+    seeds = Counter((row["family"], row["size"]) for row in runs).values()
+    caption = (f"Loss on validation tunes; N is without the embedding; D = {runs[-1]['tokens']:,} "
+               f"characters ({runs[-1]['epochs']:.2g} epochs); {min(seeds)} to {max(seeds)} seeds a size; "
+               f"{results['corpus']}.")
+    heard = (f"Real tunes that no network has seen go through the same checks: they are the ceiling. Valid "
+             f"or cut: also those that were whole when cut after {evaluation['sample_chars']:,} characters. "
+             f"A shingle is a run of {SHINGLE} melodic intervals. A copy shares more of its shingles with a "
+             "training tune than 95 % of real tunes do. Metrics of MusPy and MGEval: entropy of the pitch "
+             "classes in bits, share of notes in the best scale, notes at once, likeness of the rhythms of "
+             "neighbouring bars, notes a beat, share of bars in which no note begins, or heard before.")
+    data = (f"{stats['converted']:,} tunes form {stats['works']['groups']:,} clusters of near-duplicates; "
+            f"split by {stats['split_by']}. A note takes {stats['chars_per_note']:.2f} characters.")
+    survey = "What the survey (Mis)Fitting, arXiv 2502.18969, asks of a scaling law"
+    return [
+        ("In short", in_short(stats, fits, evaluation), figures("combined_scaling"), caption, [], ""),
+        ("Laws", [], figures(*(f"{family}_scaling" for family in fits["families"])),
+         "The law of each family, its 95 % band, and what is known of alpha and c.", law_tables(fits), ""),
+        ("Training", [], figures("training_curves"), "Training loss against characters seen, one line for "
+         "each network.", loss_tables(runs, evaluation["models"]), ""),
+        ("What emerges at which size", [], [], "", music_tables(evaluation), heard),
+        ("Data", [], figures("length_distribution"), "Lengths of the tunes.", data_tables(stats), data),
+        ("Checklist", [], [], "", [(survey, checklist(stats, results, fits))], "")]
 
 
-@stage(version=2, knobs="", reads=(tokenize, train, fit, evaluate), root="SAVE_DIR")
+def comparisons(fits):
+    """Rows on how the losses of each pair of families compare; what was refused has its reason instead."""
+    return [{"loss": f"{' / '.join(map(family_name, pair['families']))}, {key.replace('_', ' ')}",
+             "value": None if pair[key].get("value") is None else pair[key], "at": pair[key].get("at"),
+             "nats apart": pair[key].get("nats"), "bits a note apart": pair[key].get("bits_per_note"),
+             "remark": pair[key].get("reason", "")}
+            for pair in fits.get("comparison", []) for key in ("equal_parameters", "equal_flops")]
+
+
+def predictions(fits):
+    """Rows on the largest network of each family, predicted from the smaller ones before it was trained."""
+    stated = [law["prediction"] for law in fits["families"].values() if law.get("prediction")]
+    hit = {True: "hit", False: "miss", None: "no interval"}
+    return [{"network": model_name(row["model"]), "stated at": row["stated_at"], "predicted":
+             {"value": row["predicted"], "lo": row["lo"], "hi": row["hi"]}, "reached": row["observed"],
+             "error": f"{row['error']:+.2%}", "verdict": hit[row["hit"]]} for row in stated]
+
+
+def law_tables(fits):
+    """Tables of the laws; a law that was refused has no row."""
+    laws = [(family_name(family), law) for family, law in fits["families"].items()]
+
+    def fitted(name, *columns):
+        return [{"family": label, **{key: law[name][key] for key in (*columns, "status")}}
+                for label, law in laws if law[name]["status"] != "refused"]
+
+    def with_ends(row, *columns):
+        return {key: {"value": row[key], "lo": row[f"{key}_lo"], "hi": row[f"{key}_hi"]} for key in columns}
+
+    frontier = [{"family": label, "hours": row["hours"]} | with_ends(row, "n", "d", "loss")
+                for label, law in laws for row in law.get("frontier", [])]
+    return [("L(N) = a N^-alpha + c, with 95 % profile intervals", fitted("power_law", "alpha", "c")),
+            ("The largest network, predicted from the smaller ones before it was trained", predictions(fits)),
+            ("The families compared", comparisons(fits)),
+            ("L(N, D) = E + A / N^alpha + B / D^beta, with 95 % bootstrap intervals",
+             fitted("parametric", "alpha", "beta", "E")),
+            ("The best use of so many hours on this machine, by L(N, D)", frontier)]
+
+
+def loss_tables(runs, tested):
+    """Tables of the training and of the test losses."""
+    def rows(some, columns):
+        return [{"network": model_name(row["run"]), **{name: row[key] for name, key in columns.items()}}
+                for row in some]
+
+    kinds, places = [], []
+    for row in tested:
+        who = {"network": model_name(row["run"])}
+        kinds.append(who | {kind: part["bits"] for kind, part in row["by_kind"].items()})
+        places.append(who | {f"from {part['from']}": part["bits"] for part in row["by_position"]})
+    shares = {kind: f"{part['share']:.1%}" for kind, part in tested[0]["by_kind"].items()}
+    kinds.append({"network": "share of characters"} | shares)
+    return [("Networks at the full budget", rows(runs, NETWORKS)), ("Test loss", rows(tested, LOSSES)),
+            ("Test loss by kind of character, bits a character", kinds),
+            ("Test loss by place in the window, bits a character", places)]
+
+
+def music_tables(evaluation):
+    """Tables of the samples."""
+    sizes, valid, metrics = {row["run"]: row["n_fit"] for row in evaluation["models"]}, [], []
+    names = dict.fromkeys(name for row in evaluation["music"] for name in row["metrics"])
+    for row in evaluation["music"]:
+        who = {"network": model_name(row["run"]), "tunes": SAMPLE_KINDS[row["kind"]]}
+        faults = [f"{FAULTS.get(why, why)} {n}" for why, n in row["reasons"].items()]
+        valid.append(who | {
+            "N": sizes.get(row["run"]), "n": row["n"], "bars that add up, %":
+            percent(row["bars_right"]), "valid, %": percent(row["valid"]), "valid or cut, %":
+            percent(row["valid_or_cut"]), "tries a bar": rounded(row.get("tries")), "known shingles, %":
+            percent(row["known"]), "copies, %": percent(row["copied"]), "faults": ", ".join(faults[:2])})
+        if row["kind"] in ("real", "unprompted"):
+            values = {name.replace("_", " "): rounded(row["metrics"].get(name)) for name in names}
+            metrics.append(who | values)
+    return [("Valid tunes [95 % interval]", valid),
+            ("How the tunes compare with real music: means [95 % bootstrap interval]", metrics)]
+
+
+def data_tables(stats):
+    files = [{"outcome": f"rejected: {why}", "files": n} for why, n in stats["rejected"].items()]
+    files.insert(0, {"outcome": "converted", "files": stats["converted"]})
+    splits = [{"part": part} | row for part, row in stats["splits"].items()]
+    return [("What became of the files", files), ("The split", splits)]
+
+
+def checklist(stats, results, fits):
+    """The survey's questions, and what this run answers."""
+    runs, answers = results["runs"], {key.replace("_", " "): text for key, text in fits["method"].items()}
+    sizes, epochs, rates = (sorted({row[key] for row in runs}) for key in ("n_fit", "epochs", "lr"))
+    answers["points"] = (f"{len(runs)} in scaling_points.csv, with their seeds: {len(sizes)} sizes from "
+                         f"{sizes[0]:,} to {sizes[-1]:,}, {epochs[0]:.2g} to {epochs[-1]:.2g} epochs")
+    answers["data"] = (f"{results['corpus']}; single characters, {stats['vocabulary_size']} symbols, in one "
+                       "order for all networks")
+    answers["rates"] = (f"peaks {show(rates[0])} to {show(rates[-1])}; {results['batch_tokens']:,} "
+                        f"characters a batch, in windows of {results['seq_len']:,}")
+    return [{"question": question, "answer": answer} for question, answer in answers.items()]
+
+
+def about_run(results, cfg):
+    """Date, code, machine, precision, time and corpus of a run, for the head of the page."""
+    home, found = Path(__file__).parent, ""
+    if shutil.which("git"):
+        git = ["git", "describe", "--always", "--exclude=*", "--dirty=, with changes"]
+        found = subprocess.run(git, cwd=home, capture_output=True, text=True).stdout
+    folders = Path(cfg.DATA_ROOT, "manifests"), Path(cfg.SAVE_DIR, "manifests")
+    seconds = sum(read_json(path)["seconds"] for folder in folders for path in folder.glob("*.json"))
+    licences = [licence for name, licence in LICENCES.items() if name in results["corpus"]]
+    precision = ", ".join(sorted({row["precision"] for row in results["runs"]}))
+    about = {"Date": datetime.date.today().isoformat(), "Commit": found.strip() or "not known",
+             "Machine": results["device"], "Precision": f"{precision}, torch {results['torch']}",
+             "Time of all stages": playing_time(seconds),
+             "Corpus": f"{results['corpus']}, licence: {(licences or ['its owners'])[0]}"}
+    return about if midirenderer else about | {"Sound": "none, for midirenderer was not installed"}
+
+
+@stage(version=3, knobs="", reads=(tokenize, train, fit, evaluate), root="SAVE_DIR")
 def report(cfg):
-    """One self-contained page: every table and picture of it comes from the files of this run."""
+    """One page that needs no other file, drawn from what the other stages wrote."""
     save = Path(cfg.SAVE_DIR)
     stats, names = read_json(cfg.tokens_root / "stats.json"), ("scaling_results", "fits", "evaluation")
     results, fits, evaluation = (read_json(save / f"{name}.json") for name in names)
-    tables = page_data(stats, results, fits, evaluation)
-    pictures = [cfg.tokens_root / "length_distribution.png", *save.glob("*.png")]
-    write_text(save / "report.html", page_template(PAGE).render(
-        results=results, evaluation=evaluation, tables=tables, knobs=cfg,
-        summary=in_short(tables, evaluation, stats["works"]["leak_of_split_by_file"]),
-        tunes={folder: shown_tunes(save / folder) for folder in SAMPLE_FOLDERS},
-        families=FAMILIES, images={path.name: data_uri(path) for path in pictures}))
+    files = [cfg.tokens_root / "length_distribution.png", *sorted(save.glob("*.png"))]
+    pictures = {path.stem: data_uri(path) for path in files}
+    about, (first, groups) = about_run(results, cfg), page_tunes(save, evaluation)
+
+    best = next(row for row in results["runs"] if row["main"] and row["run"] == evaluation["best"])
+    tunes = stats["splits"]["train"]["tunes"] * min(1, best["epochs"])
+    lead = (f"A network of {best['n_fit']:,} weights read {float(f'{tunes:.2g}'):,.0f} tunes "
+            f"({results['corpus']}) in {playing_time(best['wall_s'])} minutes. Here is what it wrote.")
+    cite = (f"Lakh MIDI Scaling Study, LakhMIDI.py, commit {about['Commit']}, {about['Date']}. Study "
+            f"{results['study']}, seed {results['knobs']['SEED']}, {results['corpus']}.")
+    write_page(save / "report.html", "Tunes by networks, small to large", lead, first=first, groups=groups,
+               sections=page_sections(stats, results, fits, evaluation, pictures), about=about, cite=cite,
+               knobs=results["knobs"])
     return [save / "report.html"]
 
 
