@@ -78,6 +78,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import jinja2
 import numpy as np
+import PIL.Image
 import portalocker
 import requests
 import soundfile
@@ -4654,11 +4655,9 @@ def fit(cfg):
     figures = {f"{name}_scaling": draw_family(name, runs, laws[name]) for name, runs in families.items()}
     figures["combined_scaling"] = draw_combined(families, laws)
     figures["training_curves"] = draw_curves(families, read_json(folder / "training_curves.json", {}))
-    for name in FAMILIES:  # of a family that is no longer in the study
-        (folder / f"{name}_scaling.png").unlink(missing_ok=True)
-    for name, figure in figures.items():
-        with atomic_path(folder / f"{name}.png") as path:
-            figure.savefig(path, format="png", dpi=150)
+    for path in folder.glob("*_scaling*.png"):  # also of a family that is no longer in the study
+        path.unlink()
+    files = [path for name, figure in figures.items() for path in save_figure(figure, folder, name)]
 
     for name, law in laws.items():
         slopes = ", ".join(f"{slope:+.3f}" for slope in law["power_law"].get("local_slopes", ()))
@@ -4668,8 +4667,23 @@ def fit(cfg):
         gap = found.get("bits_per_note") or found.get("nats")
         say("  {} minus {}, {}: ".format(*pair["families"], key.replace("_", " "))
             + (f"{with_ends(gap)} {unit}" if gap else found["reason"]))
-    names = ("fits.json", "scaling_points.csv", *(f"{name}.png" for name in figures))
-    return [folder / name for name in names]
+    return [folder / "fits.json", folder / "scaling_points.csv", *files]
+
+
+def save_figure(figure, folder, name):
+    """Writes name.png, the combined one also as .svg and .pdf, and name_panel<n>.png for narrow screens."""
+    figure.set_dpi(150)
+    kinds = ("png", "svg", "pdf") if name == "combined_scaling" else ("png",)
+    for kind in kinds:
+        with atomic_path(folder / f"{name}.{kind}") as path:
+            figure.savefig(path, format=kind)
+    panels = []
+    with PIL.Image.open(folder / f"{name}.png") as image:
+        for axes in filter(lambda axes: axes.axison, figure.axes):
+            left, low, right, high = axes.get_tightbbox().padded(8).extents
+            panels.append(folder / f"{name}_panel{len(panels)}.png")
+            image.crop((left, image.height - high, right, image.height - low)).save(panels[-1])
+    return [folder / f"{name}.{kind}" for kind in kinds] + panels
 
 
 def plan(cfg, budget):
@@ -6040,7 +6054,9 @@ def in_short(stats, fits, evaluation):
     """What the study found: five sentences with intervals and counts."""
     best = next(row for row in evaluation["models"] if row["run"] == evaluation["best"])
     music = {row["kind"]: row for row in evaluation["music"] if row["run"] in ("real", best["run"])}
-    losses = [f"{row['loss']}: {show(row['value'])}" for row in comparisons(fits) if row["at"]]
+    losses = [f"{row['loss']}: {show(row['bits a note apart'] or row['nats apart'])} "
+              f"{'bits a note' if row['bits a note apart'] else 'nats a character'} apart, a ratio of "
+              f"{show(row['value'])}" for row in comparisons(fits) if row["value"]]
     losses += [f"the best network, {model_name(best['run'])}, needs {best['bits_per_note']:.2f} bits a note, "
                f"{best['test_loss']:.4f} \u00b1 {best['test_loss_se']:.4f} nats a character, on "
                f"{evaluation['test_chars']:,} characters of unseen tunes"]
@@ -6203,7 +6219,7 @@ def about_run(results, cfg):
         git = ["git", "describe", "--always", "--exclude=*", "--dirty=, with changes"]
         found = subprocess.run(git, cwd=home, capture_output=True, text=True).stdout
     folders = Path(cfg.DATA_ROOT, "manifests"), Path(cfg.SAVE_DIR, "manifests")
-    seconds = sum(read_json(path)["seconds"] for folder in folders for path in folder.glob("*.json"))
+    seconds = sum(read_json(path).get("seconds", 0) for folder in folders for path in folder.glob("*.json"))
     licences = [licence for name, licence in LICENCES.items() if name in results["corpus"]]
     precision = ", ".join(sorted({row["precision"] for row in results["runs"]}))
     about = {"Date": datetime.date.today().isoformat(), "Commit": found.strip() or "not known",
