@@ -1,4 +1,4 @@
-"""The report page: whole by itself, hostile text stays text, a browser shows, plays and seeks; sound and scores."""
+"""The report page, whole by itself and inert, shown and played by a browser; sound, rolls and scores."""
 
 import copy
 import re
@@ -148,7 +148,7 @@ def test_a_browser_shows_plays_and_seeks(copied):
         page.goto(address)
         wait(page, "[...document.querySelectorAll('audio')].every(audio => audio.duration > 1)")
         wait(page, "[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-        assert page.evaluate("document.documentElement.scrollWidth") == 390  # a phone need not scroll sideways
+        assert page.evaluate("document.documentElement.scrollWidth") == 390  # nothing sideways
         lowest = page.locator(".first audio").last.bounding_box()
         assert lowest["y"] + lowest["height"] < 800  # three players on the first screen
 
@@ -180,7 +180,8 @@ def test_instruments_sound_unlike_and_the_last_note_rings_out(tmp_path):
     wave, rate = sound_of(SCALE)
     assert np.abs(wave).max() == pytest.approx(0.8) and np.sqrt((wave**2).mean()) > 0.03
     assert len(wave) / rate > 5.5 and np.abs(wave[-rate // 10 :]).max() < 0.02  # four seconds of notes
-    violin, drums = (SCALE.replace("K:D\n", f"K:D\nV:1\n%%MIDI {line}\n") for line in ("program 40", "channel 10"))
+    lines = "program 40", "channel 10"
+    violin, drums = (SCALE.replace("K:D\n", f"K:D\nV:1\n%%MIDI {line}\n") for line in lines)
     assert abs(brightness(violin) / brightness(SCALE) - 1) > 0.2
     assert brightness(drums) > 1.5 * brightness(SCALE)
     assert len(sound_of(SCALE + BARS * 40)[0]) <= 32.5 * rate
@@ -193,7 +194,7 @@ def test_a_tune_is_written_as_text_midi_sound_roll_and_score(tmp_path):
     assert len(wave) > 5 * rate and np.abs(wave).max() < 1
     assert roll.count("<rect") == score.count('class="notehead"') == 16
     assert 'class="keySig"' in score and "The whole tune" in score
-    signs = re.findall(r'class="accid"[^>]*><use', score)  # verovio makes an empty group for a note without one
+    signs = re.findall(r'class="accid"[^>]*><use', score)  # without one, a group is empty
     assert 'class="accid"' in score and not signs
 
 
