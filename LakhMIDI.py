@@ -5708,14 +5708,18 @@ def read_prompt(prompt, cfg, bars=8, vocab=None):
             text = score_to_abc(melody_voice(score), cfg)["abc"]
     except Rejected as reject:
         raise UserError(f"{prompt} holds no music to go on from ({reject})") from reject
+    return first_bars(text, bars)
 
+
+def first_bars(text, bars):
+    """A text up to so many bars, without its last line; one of one bar or two as it is."""
     reader, kept = Reader(), []
     for line in text.splitlines(keepends=True)[:-1]:
         reader.read_line(line)
         if reader.bar > bars:
             break
         kept.append(line)
-    return "".join(kept) if reader.bar > 1 else text  # of one bar or two all
+    return "".join(kept) if reader.bar > 1 else text
 
 
 def melody_voice(score):
@@ -5731,8 +5735,8 @@ def melody_voice(score):
 
 
 def compose(cfg, count, prompt="", valid=False, bars=8):
-    """Writes tunes by the best model to a new folder SAVE_DIR/my_samples/<prompt>_<seed>/, see write_tune;
-    prints of each its path, what is new in it, and the verdict."""
+    """Writes tunes by the best model, see write_tune, and a page of players to a new folder
+    SAVE_DIR/my_samples/<prompt>_<seed>/; prints of each its path, what is new in it, and the verdict."""
     need(count > 0, "--sample takes a number of tunes above 0")
     runs = read_json(Path(cfg.SAVE_DIR, "scaling_results.json"), {"runs": []})["runs"]
     need(runs, f"there is no trained model in {cfg.SAVE_DIR}; run the study first")
@@ -5744,18 +5748,27 @@ def compose(cfg, count, prompt="", valid=False, bars=8):
     seed = next(seed for seed in itertools.count(cfg.SEED) if not (home / f"{name}_{seed}").exists())
     tunes = sample(model, vocab, [prompt] * count, max_chars=cfg.SAMPLE_CHARS, temperature=cfg.TEMPERATURE,
                    top_p=cfg.TOP_P, seed=seed, valid=valid)
-    (home / f"{name}_{seed}").mkdir(parents=True)
+    folder, shown = home / f"{name}_{seed}", []
+    folder.mkdir(parents=True)
+    say_if_mute()
     for i, tune in enumerate(tunes, 1):
-        path = home / f"{name}_{seed}" / f"{best['run']}_{i:02d}"
-        tune["text"] = complete_lines(tune["text"])
-        write_tune(path, tune["text"] if tune["ended"] else whole_bars(tune["text"]), prompt)
-        print(f"{path}.mid  {tune_in_words(tune, prompt, cfg)}")
+        path = folder / f"{best['run']}_{i:02d}"
+        tune |= {"text": complete_lines(tune["text"]), "name": path.name, "prompt": prompt,
+                 "kind": "yours" if prompt else "unprompted"}
+        tune["check"] = check_abc(tune["text"], tune["ended"], prompt)
+        write_tune(path, tune["text"] if tune["ended"] else whole_bars(tune["text"]), prompt, score=True)
+        words = tune_in_words(tune, cfg)
+        print(f"{path}.mid  {words}")
+        shown.append(show_tune(path, tune) | {"verdict": f"{words[0].upper()}{words[1:]}."})
+    lead = f"By {model_name(best['run'])}. Grey notes were given; a click into a picture plays from there."
+    write_page(folder / "index.html", f"New music: {name}", lead, groups=[("Tunes", "", shown, "cards")])
+    print(f"players   {folder / 'index.html'}")
 
 
-def tune_in_words(tune, prompt, cfg):
+def tune_in_words(tune, cfg):
     """What is new in a tune, and whether it is valid, in one line."""
-    check = check_abc(tune["text"], tune["ended"], prompt)
-    given, found = read_abc(whole_bars(prompt)), read_abc(whole_bars(tune["text"]))
+    check = tune["check"]
+    given, found = read_abc(whole_bars(tune["prompt"])), read_abc(whole_bars(tune["text"]))
     verdict = ", ".join(check["reasons"]) or "valid"
     verdict = f"valid, cut after {cfg.SAMPLE_CHARS:,} characters" if check["reasons"] == ["cut"] else verdict
     if "silent" in check["reasons"]:
@@ -5763,7 +5776,7 @@ def tune_in_words(tune, prompt, cfg):
     if not given.n_bars:
         return f"{check['bars']} bars, {verdict}"
     at = float(seconds_at(found, bar_starts(found)[given.n_bars]))
-    return (f"yours: bars 1-{given.n_bars}, new from {at // 60:.0f}:{at % 60:02.0f}, "
+    return (f"yours: bars 1-{given.n_bars}, new from {playing_time(at)}, "
             f"{check['bars'] - given.n_bars} bars, {verdict}")
 
 
@@ -5890,7 +5903,7 @@ FAULTS = {  # what check_abc names, in words
     "no_bar_line": "a missing bar line", "silent_bars": "voices out of step", "silent": "hardly any notes",
     "abc2midi_error": "abc2midi finds an error", "other_notes": "abc2midi hears other notes"}
 SAMPLE_KINDS = {"real": "real", "unprompted": "begun from nothing", "prompted": "continued",
-                "valid": "bars redrawn", "same": "four bars continued"}
+                "valid": "bars redrawn", "yours": "goes on from yours", "same": "four bars continued"}
 LICENCES = {FOLK: "public domain", "The Session": "Open Database License", "Lakh": "CC BY 4.0"}
 NETWORKS = {"N": "n_fit", "D, characters": "tokens", "epochs": "epochs", "validation loss": "val_loss",
             "FLOPs": "flops", "characters/s": "tokens_per_s", "seconds": "wall_s"}
@@ -6004,7 +6017,9 @@ def verdict_in_words(tune, parsed):
 
 def nearest_in_words(tune):
     """The training tune that a tune has most in common with."""
-    copied = tune["copy"]
+    copied = tune.get("copy")
+    if not copied:
+        return ""
     if not copied["nearest"]:
         return f"No {SHINGLE + 1} notes on end in common with any training tune."
     first, last = copied["bars"]
