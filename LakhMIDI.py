@@ -96,7 +96,7 @@ from scipy import optimize, stats
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 try:  # sound and scores, for which Linux on ARM has no wheels
     import lytk
@@ -467,9 +467,10 @@ def say(message):
 
 def progress(iterable=None, desc=None, total=None, unit="it", **options):
     """A tqdm bar that leaves a line now and then in a log file and moves freely before a person."""
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    notebook = "ipykernel" in sys.modules  # where what goes to stderr looks like an error
+    watched = sys.stderr.isatty() or notebook
     return tqdm(iterable, desc=desc, total=total, unit=unit, mininterval=0.2 if watched else 15, delay=1,
-                leave=False, **options)
+                leave=False, file=sys.stdout if notebook else None, **options)
 
 
 def files_below(folder):
@@ -5495,7 +5496,7 @@ def evaluate(cfg):
     test, leaked = read_tokens("test", vocab, cfg), read_training(vocab, cfg)[1][:cfg.EVAL_TOKENS]
     whole = [tune for tune in held_out if tune["start"] + tune["chars"] + 2 <= len(test)] or held_out[:1]
     kinds = char_kinds(test, vocab)[1:]
-    real = [abc_path(tune["file"], cfg).read_text("utf-8") for tune in held_out if not tune["unknown"]]
+    real = [vocab.decode(test[tune["start"] + 1:][:tune["chars"]]) for tune in whole if not tune["unknown"]]
     need(real, "every test tune has characters that the training tunes lack; add music or raise TEST_FRAC")
     tested = [{"run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"],
                **test_loss(models[row["run"]][0], test, kinds, whole, cfg),
@@ -6192,6 +6193,8 @@ def music_tables(evaluation):
     """Tables of the samples."""
     sizes, valid, metrics = {row["run"]: row["n_fit"] for row in evaluation["models"]}, [], []
     names = dict.fromkeys(name for row in evaluation["music"] for name in row["metrics"])
+    twins = [{"network": model_name(row["run"])} | {f"{damage}, %": percent(share) for damage, share
+             in row["likelier_than_twin"].items()} for row in evaluation["models"]]
     for row in evaluation["music"]:
         who = {"network": model_name(row["run"]), "tunes": SAMPLE_KINDS[row["kind"]]}
         faults = [f"{FAULTS.get(why, why)} {n}" for why, n in row["reasons"].items()]
@@ -6204,6 +6207,7 @@ def music_tables(evaluation):
             values = {name.replace("_", " "): rounded(row["metrics"].get(name)) for name in names}
             metrics.append(who | values)
     return [("Valid tunes [95 % interval]", valid),
+            ("Real tunes that are likelier than a twin of which one bar is damaged [95 % interval]", twins),
             ("How the tunes compare with real music: means [95 % bootstrap interval]", metrics)]
 
 
