@@ -117,7 +117,8 @@ def test_the_text_is_what_section_4_says_it_is():
               (0, False, [(0, .33, 55), (.34, .33, 59), (.65, .33, 62), (1, 3, 55)])]
     triplets = [(8 + i / 3, 1 / 3, 74 + i % 3) for i in range(24)]
     text = midi_to_abc(midi_file([*voices, (0, False, triplets)]), Cfg(MIN_NOTES=1))
-    assert "[V:1]f4a4-&D8|" in text and "[V:1]a2z6|" in text and "%%MIDI chordattack 0" not in text
+    assert "[V:1]f4a4-&D8|[V:2](3GBdG6|" in text and "[V:1]a2z6|" in text
+    assert "%%MIDI chordattack 0" not in text  # there is no chord
     assert text.startswith("X:1\nL:1/8\nM:4/4\nQ:1/4=120\nK:") and "[V:3](3=d^de(3=d^de" in text
 
 
