@@ -6382,7 +6382,7 @@ def main(argv=None):
 
 if __name__ == "__main__":
     code = main()
-    if "RANK" in os.environ:  # of a torchrun: all is written, and gloo's threads can abort the usual way out
+    if "RANK" in os.environ:  # of a torchrun: all is written; the store's thread may abort the usual way out
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(1)  # rank 0 keeps the store of the others
