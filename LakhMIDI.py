@@ -4268,7 +4268,7 @@ def verdict(law, exponents, faults=()):
             wide.append(f"the interval of {name} is wider than {name}")
     for name, rival in law.get("rivals", {}).items():
         if not rival["excluded"]:
-            faults.append(f"a {name} law, which has no exponent, is not excluded")
+            faults.append(f"the {name} law, which has no exponent, is not excluded")
     missed = abs(law["holdout"]["error"] or 0)
     if missed > MISSED:
         faults.append(f"the largest model is missed by {missed:.1%}")
