@@ -48,6 +48,7 @@ import itertools
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -289,6 +290,7 @@ class Cfg(metaclass=KnobType):
     def check(self):
         """Raises UserError for knobs that are each of the right type and make no sense together."""
         source_path(self)
+        need(self.given["DATA_ROOT"] and self.given["SAVE_DIR"], "DATA_ROOT and SAVE_DIR each name a folder")
         need(self.DEVICE in ("auto", "cpu", "cuda"), f"DEVICE is {self.DEVICE!r}; choose auto, cpu or cuda")
         need(self.DEVICE != "cuda" or torch.cuda.is_available(),
              "DEVICE is cuda, but torch sees no CUDA GPU; use cpu")
@@ -383,7 +385,8 @@ def checked_knob(cls, name, value):
         value = tuple(value) if isinstance(value, list) else value.item()
     if kind is float and type(value) is int:
         value = float(value)
-    need(type(value) is kind, f"{name} must be of type {kind.__name__}, not {value!r}")
+    wanted = "True or False" if kind is bool else f"of type {kind.__name__}"
+    need(type(value) is kind, f"{name} must be {wanted}, not {value!r}")
     need(kind not in (int, float) or 0 <= value < math.inf,
          f"{name} must be a finite number >= 0, not {value}")
     return value
@@ -6274,13 +6277,18 @@ STAGES = (extract, convert, tokenize, train, fit, evaluate, report)
 
 
 class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, and the flag that may have been meant."""
+
     def error(self, message):
-        raise UserError(f"{message}; --help lists all flags")
+        words = re.findall(r"--\w+", message.partition("unrecognized arguments:")[2])
+        known = {flag.lower(): flag for flag in self._option_string_actions}
+        near = [known[word] for flag in words for word in difflib.get_close_matches(flag.lower(), known, 1)]
+        raise UserError(f"{message}; " + (f"did you mean {near[0]}?" if near else "--help lists all flags"))
 
 
 def parse_flags(argv):
     """(cfg, flags) of a command line; every knob is a flag that takes a Python literal or a bare word."""
-    parser = Parser(prog="LakhMIDI.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+    parser = Parser(prog="LakhMIDI.py", description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [stage.__name__ for stage in STAGES]
     stages = {"choices": names, "metavar": "STAGE"}
@@ -6313,7 +6321,7 @@ def parse_knob(name, text):
     try:
         value = ast.literal_eval(text.capitalize() if text.lower() in ("true", "false") else text)
     except (ValueError, SyntaxError):
-        value = tuple(text.split(",")) if kind is tuple else text
+        value = tuple(map(str.strip, text.split(","))) if kind is tuple else text
     return (value,) if kind is tuple and not isinstance(value, (tuple, list)) else value
 
 
@@ -6340,44 +6348,75 @@ def run_stages(cfg, first="extract", last="report", force=False):
     return carry_out(stages_between(first, last), cfg, force)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: the run ends as it does on Ctrl-C."""
+
+
 def main(argv=None):
-    """The command line; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 interrupted."""
+    """The command line; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 or 143 stopped."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(2)  # a worker process that begins by running its parent's script; row_of tells what to do
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files may hold what the terminal lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
-        cfg, flags = parse_flags(argv)
-        cfg.check()
-        if (flags.plan or flags.status or flags.sample is not None) and os.environ.get("RANK", "0") != "0":
-            return 0  # a rank of a torchrun that has nothing to share
-        if flags.plan:
-            plan(cfg, flags.plan)
-            return 0
-        cfg = cfg.pinned()
-        if flags.status:
-            for one in STAGES:
-                print(f"{one.__name__:9s} {one.status(cfg)}")
-            return 0
-        asked = flags.prompt or flags.valid
-        need(flags.sample is not None or not asked, "--prompt and --valid go with --sample N")
-        if flags.sample is not None:
-            compose(cfg, flags.sample, flags.prompt, flags.valid, flags.bars)
-            return 0
-        first, last, rank = flags.only or flags.first, flags.only or flags.last, ranks()[0]
-        if rank == 0:
-            banner(cfg)
-        worked = run_stages(cfg, first, last, flags.force)
-        if rank == 0:
-            if not worked:
-                say("nothing to do: every stage is up to date (--force runs them again)")
-            say(f"report    {Path(cfg.SAVE_DIR, 'report.html')}")
+        with ended_by_sigterm():
+            command(*parse_flags(argv))
     except UserError as mistake:
         print(f"LakhMIDI: {mistake}", file=sys.stderr)
         return 2
     except (Diverged, OSError) as failure:
         print(f"LakhMIDI: {failure}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\nLakhMIDI: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
     return 0
+
+
+@contextlib.contextmanager
+def ended_by_sigterm():
+    """Within it SIGTERM, which schedulers send, raises Terminated in the main thread."""
+    def stop(*_):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def command(cfg, flags):
+    """Does what a command line asks for. Raises UserError."""
+    need(flags.sample is None or flags.sample > 0, "--sample takes the number of tunes, at least 1")
+    need(flags.sample or not (flags.prompt or flags.valid), "--prompt and --valid go with --sample N")
+    cfg.check()
+    alone = flags.plan or flags.status or flags.sample
+    if alone and int(os.environ.get("WORLD_SIZE") or 1) > 1 and os.environ.get("RANK", "0") != "0":
+        say("nothing to do here: that is done by the process of rank 0")
+    elif flags.plan:
+        plan(cfg, flags.plan)
+    elif flags.status:
+        cfg = cfg.pinned()
+        for one in STAGES:
+            print(f"{one.__name__:9s} {one.status(cfg)}")
+    elif flags.sample:
+        compose(cfg, flags.sample, flags.prompt, flags.valid, flags.bars)
+    else:
+        first, last = flags.only or flags.first, flags.only or flags.last
+        stages_between(first, last)  # raises UserError before the banner
+        cfg, leads = cfg.pinned(), ranks()[0] == 0
+        if leads:
+            banner(cfg)
+        worked = run_stages(cfg, first, last, flags.force)
+        if leads and not worked:
+            say("nothing to do: every stage is up to date (--force runs them again)")
+        if leads and last == "report":
+            say(f"report    {cfg.SAVE_DIR / 'report.html'}")
 
 
 if __name__ == "__main__":
