@@ -67,7 +67,6 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -658,12 +657,22 @@ def place_of(path, cfg):
             return Path(root, path.relative_to(getattr(cfg, root))).as_posix()
 
 
+def check_guard():
+    """Raises UserError if worker processes, which may begin by running the user's script, would start again."""
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    guard = re.compile("^if __name__ == ['\"]__main__['\"]", re.M)
+    need(method == "fork" or not script or guard.search(Path(script).read_text("utf-8", "replace")),
+         f"in {script} put what runs the study below the line: if __name__ == \"__main__\":")
+
+
 def carry_out(stages, cfg, force=False):
     """Does what is left of some stages, in order, as the only run that writes to their folders; returns
     whether there was anything. What is only read is shared with other runs.
     """
     cfg = cfg.pinned()
     cfg.check()
+    check_guard()
     mine = stages if ranks()[0] == 0 else []  # the locks are rank 0's
     roots = {one.root for one in mine if force or one.status(cfg) != "up to date"}
     with contextlib.ExitStack() as locks:
@@ -2589,9 +2598,6 @@ def row_of(job):
         return {"reason": "timeout"}
     except ProcessExpired:
         return {"reason": "crashed"}
-    except BrokenProcessPool as error:
-        raise UserError("no worker process can start; a script that runs the study must do so below the line "
-                        "if __name__ == \"__main__\":") from error
 
 
 def midi_files(cfg):
@@ -6354,8 +6360,6 @@ class Terminated(KeyboardInterrupt):
 
 def main(argv=None):
     """The command line; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 or 143 stopped."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        sys.exit(2)  # a worker process that begins by running its parent's script; row_of tells what to do
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files may hold what the terminal lacks
             stream.reconfigure(errors="backslashreplace")

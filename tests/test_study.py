@@ -2,10 +2,13 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -118,7 +121,7 @@ def test_a_second_run_does_nothing(smoke, capsys):
 
 
 def test_a_knob_makes_stale_what_is_below_it_and_nothing_above(smoke):
-    cfg = Cfg(**{name: getattr(smoke, name) for name in study.knob_names()} | {"LR": 0.5})
+    cfg = Cfg(**smoke.given | {"LR": 0.5})
     status = {stage.__name__: stage.status(cfg) for stage in study.STAGES}
     assert {name for name, state in status.items() if state == "up to date"} == {
         "extract",
@@ -130,15 +133,84 @@ def test_a_knob_makes_stale_what_is_below_it_and_nothing_above(smoke):
         study.fit(cfg)
 
 
-def test_a_lost_output_is_noticed(smoke):
-    path = Path(smoke.SAVE_DIR, "fits.json")
-    content = path.read_bytes()
+def at(smoke, data, runs, **knobs):
+    """The cfg of the smoke study in other folders or with other knobs."""
+    return Cfg(**smoke.given | {"DATA_ROOT": data, "SAVE_DIR": runs} | knobs)
+
+
+def test_a_copied_and_moved_study_is_up_to_date_without_its_source(smoke, tmp_path, monkeypatch):
+    for root in ("DATA_ROOT", "SAVE_DIR"):
+        shutil.copytree(getattr(smoke, root), tmp_path / "copy" / root)
+    (tmp_path / "copy").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    cfg = at(smoke, "DATA_ROOT", "./SAVE_DIR/", LMD_ZIP_PATH=f"gone/{Path(smoke.LMD_ZIP_PATH).name}")
+    assert {stage.status(cfg) for stage in study.STAGES} == {"up to date"}
+    monkeypatch.setattr(study, "train_model", None)  # a smaller ladder finds its models
+    assert study.train(at(smoke, "DATA_ROOT", "SAVE_DIR", MODELS=("gpt_8w",))) is True
+
+
+def test_whatever_happens_to_a_file_is_noticed_and_repaired(smoke, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(smoke.DATA_ROOT, data)
+    cfg = at(smoke, data, tmp_path / "runs")
+    files = ["midi_index.json", "midi/artist 0/Title 0.mid", "abc/artist 0/Title 0.mid.abc",
+             "abc/report.jsonl", "abc/signatures.npy", "tokens/train.bin", "tokens/vocab.json"]
+    whole = {name: (data / name).read_bytes() for name in files}
+
+    def check(name):
+        stages = (study.extract, study.convert, study.tokenize)
+        assert any(stage.status(cfg) != "up to date" for stage in stages), name
+
+    for name, other in zip(files, files[1:] + files[:1], strict=True):
+        flipped = bytes([whole[name][0] ^ 1]) + whole[name][1:]
+        for content in (whole[name][:-1], whole[name] * 2, whole[other], flipped):
+            (data / name).write_bytes(content)
+            check(name)
+        (data / name).unlink()
+        check(name)
+        (data / name).write_bytes(whole[name])
+    for name in files:
+        (data / name).write_bytes(b"")
+    shutil.copy(data / "manifests/extract.json", data / "manifests/convert.json")
+    run_stages(cfg, "extract", "tokenize")
+    assert {name: (data / name).read_bytes() for name in files} == whole
+
+
+def test_one_run_owns_a_folder_and_others_may_read(smoke, tmp_path, capsys):
+    flags = ["--LMD_ZIP_PATH", smoke.LMD_ZIP_PATH, "--DATA_ROOT", tmp_path / "data", "--SAVE_DIR", tmp_path]
+    with study.owned(Cfg(DATA_ROOT=tmp_path / "data"), "DATA_ROOT"):
+        assert main([*flags, "--to", "extract"]) == 2
+        said = capsys.readouterr().err
+        assert f"in use by process {os.getpid()} on " in said and "since 20" in said and said.count("\n") == 1
+    assert main([*flags, "--to", "extract"]) == 0  # a lock that was left does not count
+    with study.owned(smoke, "DATA_ROOT", shared=True), study.owned(smoke, "DATA_ROOT", shared=True):
+        with pytest.raises(UserError, match="in use"), study.owned(smoke, "DATA_ROOT"):
+            pass
+        assert study.extract(smoke) is False  # what is up to date needs no lock
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does(midi_zip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "read_source", lambda cfg: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["--LMD_ZIP_PATH", midi_zip, "--DATA_ROOT", tmp_path, "--SAVE_DIR", tmp_path]) == 143
+    assert "interrupted" in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_disk_that_is_full_and_a_folder_that_is_none_are_one_line(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr("big.mid", bytes(2**20))
+    flags = ["--LMD_ZIP_PATH", tmp_path / "z.zip", "--DATA_ROOT", tmp_path / "data", "--to", "extract"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, limits[1]))
     try:
-        path.write_bytes(content[:-10])
-        assert "fits.json" in study.fit.status(smoke)
-        assert study.train.status(smoke) == "up to date"
+        assert main([*flags, "--SAVE_DIR", tmp_path / "runs"]) == 2
     finally:
-        path.write_bytes(content)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert "big.mid" in said and "too large" in said and said.count("\n") == 1
+    assert main([*flags, "--SAVE_DIR", tmp_path / "runs"]) == 0
+    assert main([*flags[:4], "--SAVE_DIR", tmp_path / "z.zip"]) == 2  # before the first stage
+    assert "can't write to" in capsys.readouterr().err
 
 
 def test_a_killed_run_finishes_and_equals_an_unbroken_one(smoke, tmp_path, midi_zip):
