@@ -658,7 +658,7 @@ def place_of(path, cfg):
 
 
 def check_guard():
-    """Raises UserError if worker processes, which may begin by running the user's script, would start again."""
+    """Raises UserError if worker processes, which may begin with the user's script, would start anew."""
     method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     script = getattr(sys.modules["__main__"], "__file__", None)
     guard = re.compile("^if __name__ == ['\"]__main__['\"]", re.M)
@@ -2624,9 +2624,10 @@ def rows_done(journal, files, cfg):
 def remove_texts(cfg):
     """Removes the texts that an earlier conversion lists: another one may not make them all again."""
     for path in (cfg.ABC_ROOT / "report.jsonl", cfg.ABC_ROOT / "journal.jsonl"):
-        for row in read_jsonl(path) if path.exists() else ():
-            if "abc" in row:
-                (cfg.ABC_ROOT / row["abc"]).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, ValueError):  # none, or damaged
+            for row in read_jsonl(path):
+                if "abc" in row:
+                    (cfg.ABC_ROOT / row["abc"]).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
 
