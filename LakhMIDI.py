@@ -4687,7 +4687,7 @@ def save_figure(figure, folder, name):
     kinds = ("png", "svg", "pdf") if name == "combined_scaling" else ("png",)
     for kind in kinds:
         with atomic_path(folder / f"{name}.{kind}") as path:
-            figure.savefig(path, format=kind)
+            figure.savefig(path, format=kind, dpi=150)
     panels = []
     with PIL.Image.open(folder / f"{name}.png") as image:
         for axes in filter(lambda axes: axes.axison, figure.axes):
@@ -5768,9 +5768,8 @@ def compose(cfg, count, prompt="", valid=False, bars=8):
                  "kind": "yours" if prompt else "unprompted"}
         tune["check"] = check_abc(tune["text"], tune["ended"], prompt)
         write_tune(path, tune["text"] if tune["ended"] else whole_bars(tune["text"]), prompt, score=True)
-        words = tune_in_words(tune, cfg)
-        print(f"{path}.mid  {words}")
-        shown.append(show_tune(path, tune) | {"verdict": f"{words[0].upper()}{words[1:]}."})
+        print(f"{path}.mid  {tune_in_words(tune, cfg)}")
+        shown.append(show_tune(path, tune))
     lead = f"By {model_name(best['run'])}. Grey notes were given; a click into a picture plays from there."
     write_page(folder / "index.html", f"New music: {name}", lead, groups=[("Tunes", "", shown, "cards")])
     print(f"players   {folder / 'index.html'}")
@@ -5855,7 +5854,7 @@ audio { width: 100%; height: 2.4rem } .part img { max-width: min(46rem, 100%) } 
 .scroll:not(.fits)::before { content: "A wide table scrolls sideways."; font-size: .8rem; opacity: .8 }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums }
 th, td { padding: .22rem .4rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-th { min-width: 3rem } td.words { text-align: left; min-width: 10rem } td.number { white-space: nowrap }
+th { min-width: 3rem } td.words { text-align: left; min-width: 15rem } td.number { white-space: nowrap }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
 pre { background: #8881; padding: .6rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
   max-height: 22rem; overflow-y: auto }
@@ -5911,7 +5910,7 @@ PAGE = TABLE + """<!doctype html>
 FAULTS = {  # what check_abc names, in words
     "bar_length": "bars that do not add up", "open_tie": "a tie that leads nowhere", "cut": "cut off",
     "open_bracket": "an open bracket", "open_tuplet": "an unfinished tuplet", "bad_char": "stray characters",
-    "no_bar_line": "a missing bar line", "silent_bars": "voices out of step", "silent": "hardly any notes",
+    "no_bar_line": "a missing bar line", "silent_bars": "voices out of step", "silent": "hardly anything new",
     "abc2midi_error": "abc2midi finds an error", "other_notes": "abc2midi hears other notes"}
 SAMPLE_KINDS = {"real": "real", "unprompted": "begun from nothing", "prompted": "continued",
                 "valid": "bars redrawn", "yours": "goes on from yours", "same": "four bars continued"}
@@ -6224,13 +6223,17 @@ def music_tables(evaluation):
 def data_tables(stats):
     files = [{"outcome": f"rejected: {why}", "files": n} for why, n in stats["rejected"].items()]
     files.insert(0, {"outcome": "converted", "files": stats["converted"]})
-    splits = [{"part": part} | row for part, row in stats["splits"].items()]
+    names = {"groups": "clusters", "chars": "characters", "unknown": "unknown characters"}
+    splits = [{"part": part} | {names.get(name, name): n for name, n in row.items()}
+              for part, row in stats["splits"].items()]
     return [("What became of the files", files), ("The split", splits)]
 
 
 def checklist(stats, results, fits):
     """The survey's questions, and what this run answers."""
-    runs, answers = results["runs"], {key.replace("_", " "): text for key, text in fits["method"].items()}
+    runs, method = results["runs"], fits["method"]
+    answers = {"L(N)": method["power_law"], "L(N, D)": method["parametric"], "left out": method["left_out"],
+               "how things are counted": method["points"]}
     sizes, epochs, rates = (sorted({row[key] for row in runs}) for key in ("n_fit", "epochs", "lr"))
     answers["points"] = (f"{len(runs)} in scaling_points.csv, with their seeds: {len(sizes)} sizes from "
                          f"{sizes[0]:,} to {sizes[-1]:,}, {epochs[0]:.2g} to {epochs[-1]:.2g} epochs")
