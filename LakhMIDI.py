@@ -3092,7 +3092,7 @@ class Block(nn.Module):
         C, new = self.mix.size(2), self.mix.new_zeros
         return new(batch, length, 2, self.heads, C // self.heads), new(batch, 3, C)
 
-    def forward(self, x, cos, sin, state=None, place=None, seen=None):  # x (B, T, C), place (B, T)
+    def forward(self, x, cos, sin, state=None, place=None, length=0, seen=None):  # x (B, T, C), place (B, T)
         B, T, C = x.shape
         past, before = state or (None, x.new_zeros(B, 3, C))
         x = torch.cat([before, x], dim=1)
@@ -3109,7 +3109,7 @@ class Block(nn.Module):
         if state:
             rows = torch.arange(B, device=x.device)[:, None]
             past[rows, place] = torch.stack([k, v]).permute(1, 3, 0, 2, 4)
-            k, v = past[:, :seen.size(-1)].permute(2, 0, 3, 1, 4)
+            k, v = past[:, :length].permute(2, 0, 3, 1, 4)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         else:
             y = attention(q, k, v)
@@ -3150,11 +3150,13 @@ class GPT(nn.Module):
             return self.head(rms_norm(x)), None
         read, states = state
         place = read[:, None] + torch.arange(T)  # (B, T), in the window of each row
-        seen = torch.arange(int(read.max()) + T) <= place[:, None, :, None]  # (B, 1, T, S)
-        place, seen = place.to(x.device), seen.to(x.device)
+        length = int(read.max()) + T
+        seen = torch.arange(length) <= place[:, None, :, None]  # (B, 1, T, length)
+        seen = None if seen.all() else seen.to(x.device)  # rows that stand side by side need no mask
+        place = place.to(x.device)
         cos, sin = self.cos[place][:, None], self.sin[place][:, None]
         for block, block_state in zip(self.blocks, states, strict=True):
-            x = block(x, cos, sin, block_state, place, seen)
+            x = block(x, cos, sin, block_state, place, length, seen)
         return self.head(rms_norm(x)), [read + T, states]
 
     def matmul_params(self):
