@@ -6105,8 +6105,9 @@ def leak_effect(best, share):
     text = f"split by file, {share:.1%} of the held-out characters would have a near-duplicate in training"
     if best["leaked_loss"] is None:
         return text
-    leaked, honest = (f"{best[key]:.4f} \u00b1 {best[key + '_se']:.4f}"
-                      for key in ("leaked_loss", "test_loss"))
+    errors = {key: best[f"{key}_se"] for key in ("leaked_loss", "test_loss")}  # None of a single tune
+    leaked, honest = (f"{best[key]:.4f}" + (f" \u00b1 {error:.4f}" if error is not None else "")
+                      for key, error in errors.items())
     mixed = share * best["leaked_loss"] + (1 - share) * best["test_loss"]
     return (f"{text}; on such tunes {model_name(best['run'])} has a loss of {leaked} nats a character, on "
             f"honest test tunes {honest}: that split would have reported about {mixed:.4f}")
