@@ -929,12 +929,10 @@ def read_archive(path, cfg):
 
 # --- ABC from elsewhere: the bundled books, The Session, a tune that a user brings
 #
-# abc2midi turns it into MIDI, the converter below turns that into our notation, the study's only one. Two
-# things stand in the way. abc2midi performs: grace notes steal time, staccato dots halve notes, trills,
-# hornpipes, fermatas and chord names add what no one wrote (8 % of the bundled tunes come out changed); JUNK
-# takes them out before. And it loses bar lines: a pick-up stands at tick 0 (68 % of the tunes), a change of
-# metre behind a rest comes too early and inside repeats is not set back. Only tempi always come in time: so
-# mark_bars writes one of its own before each bar, which tells with_bars what was played when.
+# abc2midi turns it into MIDI, and the converter below that into our notation. But it performs: ornaments,
+# hornpipes and chord names add what no one wrote (8 % of the bundled tunes change); JUNK takes them out. And
+# it loses bar lines: a pick-up stands at tick 0 (68 % of the tunes), changes of metre come too early or are
+# not set back in repeats. Only tempi come in time: one before each bar tells which was played when.
 
 # (No pattern may take more than linear time: [^][] and {0,20} where * would do.)
 KEPT = (r"(?:[KLMQV]:(?![|:]).*\n|P: ?(?:[A-Z]\d?[. ]*)+(?:%.*)?\n"  # lines that concern the notes
@@ -954,26 +952,12 @@ NO_NOTES = re.compile(  # a second, plainer opinion of what is no note
 TAG = re.compile(  # HTML, but not the broken rhythm of a<b c>d
     r"<(?:!|/ ?\w|(?:br|hr|p|i|u|em|tt|pre|div|span|font|strong|html|head|body|table|tr|td)\b"
     r"|\w{1,9} [^<>|]*= ?[\"'])[^<>]*>\n?|^%%begin.*\n(?:(?!%%).*\n)*", re.I | re.M)
-SHARED_LINE = re.compile(  # K:G |:GABc|
-    r"^([KLM]: ?(?:\d+/\d+|C\|?|[A-G][#b]?(?: ?(?:m|maj|min|dor|mix|phr|lyd|loc|aeo|ion)[a-z]*)?)) (?=.*\|)",
-    re.M | re.I)
+KEY = "[A-G][#b]?(?: ?(?:m|maj|min|dor|mix|phr|lyd|loc|aeo|ion)[a-z]*)?"  # of The Session: Gmajor
+SHARED_LINE = re.compile(rf"^([KLM]: ?(?:\d+/\d+|C\|?|{KEY})) (?=.*\|)", re.M | re.I)  # K:G |:GABc|
 QUOTES = str.maketrans("\u201c\u201d\u2018\u2019", "\"\"''")  # as text programs have them
 QUARTER = 480  # abc2midi's ticks
-FIRST_MARK = 200  # quarter notes a minute in the mark of the first bar, one more in each that follows
-MAX_BARS = 7_000  # beyond that marks can't be told apart: MIDI has tempi in microseconds
-
-
-class Bar(NamedTuple):
-    """A bar of foreign ABC as it is written."""
-    metre: tuple | None  # (6, 8); None where it is free
-    tempo: float  # quarter notes per minute
-    seam: bool  # behind a repeat sign, a double bar or the beginning of an ending
-    notes: int
-
-    @property
-    def ticks(self):
-        """How long it should be."""
-        return self.metre[0] * 4 * QUARTER // self.metre[1] if self.metre else 0
+FIRST_MARK = 1_000  # quarter notes a minute in the mark of the first bar, one more in each that follows
+MAX_BARS = 6_000  # beyond that marks can't be told apart: MIDI has tempi in microseconds
 
 
 def plain_text(data):
@@ -989,21 +973,12 @@ def plain_text(data):
     return SHARED_LINE.sub(r"\1\n", text)
 
 
-def metre_of(text):
-    """'6/8', '2+3/8', 'C|' ... -> (numerator, denominator), None for a free metre."""
-    found = re.search(r"(\d+(?: *\+ *\d+)*)\)? */ *(\d+)", text)
-    if found:
-        metre = sum(map(int, found[1].split("+"))), int(found[2])
-        return metre if 0 < metre[0] < 100 and metre[1] in UNITS else None
-    return (2, 2) if "C|" in text else (4, 4) if "C" in text else None
-
-
-def tempo_of(text, before):
-    """'"Lively" 3/8=120', '120' ... -> quarter notes per minute, `before` where there is no number."""
-    found = re.search(r"(?:(\d+)/(\d+) *= *)?\b(\d+)\s*(?:%|$)", re.sub('"[^"]*"', "", text))
-    num, den, rate = (int(number or 0) for number in found.groups()) if found else (0, 0, 0)
-    tempo = 4 * num / den * rate if den else rate
-    return tempo if 10 <= tempo <= 1000 else before
+def metre_of(field):
+    """'M:6/8', '[M:2+3/8]', 'M:C|' ... -> (numerator, denominator), (0, 4) for a free metre."""
+    field = field[:80].replace("C|", "2/2").replace("C", "4/4")
+    found = re.search(r"(\d[\d +]*)\)? */ *(\d+)", field)
+    num, den = (sum(map(int, re.findall(r"\d+", found[1]))), int(found[2])) if found else (0, 4)
+    return (num, den) if num < 100 and den in UNITS else (0, 4)
 
 
 def count_notes(music):
@@ -1014,49 +989,50 @@ def count_notes(music):
 
 
 def mark_bars(text):
-    """Clean ABC -> (what abc2midi gets: the same with a tempo of its own before each bar and at the end,
-    [Bar]). The last Bar is empty.
+    """Clean ABC -> (the same with a tempo of its own before each bar and at the end, the bars as they are
+    written). The `seam` of a bar: it stands behind a repeat sign, a double bar or the beginning of an ending.
     """
     out, bars = ["X:1\n%%MIDI chordattack 0\n"], []
-    metre, tempo, seam, ended = (4, 4), 120, True, True
+    metre, seam, ended = (4, 4), True, True
     for i, token in enumerate(SIGN.split(text)):
-        letter, value = token.lstrip("[")[:1], token.partition(":")[2].rstrip("]\n")[:80]
+        letter = token.lstrip("[")[:1]
         if i % 2 == 0:
             if ended and re.search("[A-Ga-gxzXZ]", token):
                 out.append(f" [Q:1/4={FIRST_MARK + len(bars)}]")
-                bars.append(Bar(metre, tempo, seam, 0))
+                ticks = metre[0] * 4 * QUARTER // metre[1]
+                bars.append(SimpleNamespace(metre=metre, ticks=ticks, seam=seam, notes=0))
                 seam = ended = False
             if bars:
-                bars[-1] = bars[-1]._replace(notes=bars[-1].notes + count_notes(token))
-        elif letter == "Q":
-            tempo = tempo_of(value, tempo)
-            continue
+                bars[-1].notes += count_notes(token)
         elif letter == "M":
-            metre = metre_of(value)
-        elif letter == "V":
+            metre = metre_of(token)
+        elif letter not in "KLPQ%":  # a voice or a bar line
             ended = True
-        elif letter not in "KLP%":
-            seam, ended = seam or token != "|", True
+            seam = seam or (letter != "V" and token != "|")
         out.append(token)
     out.append(f" [Q:1/4={FIRST_MARK + len(bars)}]\n")
-    return "".join(out), [*bars, Bar(metre, tempo, seam, 0)]
+    return "".join(out), bars
 
 
-def metre_for(ticks, metre):
-    """The metre of a bar of that length, in the notes of `metre` if it can be; `metre` if there is none."""
-    for den in (metre[1], 4, 8, 16, 32):
-        num, left = divmod(ticks * den, 4 * QUARTER)
-        if not left and 0 < ticks <= 16 * QUARTER:
+def played_metre(bar, length, after):
+    """The metre of a bar that was played for `length` ticks, the next one for `after` (0: there is none)."""
+    silent = bar.ticks and not bar.notes and length % bar.ticks == 0  # Z4: four bars
+    short = max(length, after) < 1.5 * QUARTER or (not after and length < bar.ticks)
+    if bar.ticks and (silent or short):  # the converter has no metre for several short bars in a row
+        return bar.metre
+    for den in (bar.metre[1], 4, 8, 16, 32):
+        num, left = divmod(length * den, 4 * QUARTER)
+        if not left and 0 < length <= 16 * QUARTER:
             return num, den
-    return metre
+    return bar.metre[0] or 4, bar.metre[1]
 
 
-def time_signatures(played):
-    """[(tick, Bar)] as played -> (ticks of rest before the pick-up, [(tick, numerator, denominator)]).
-
-    A short bar before a seam and the pick-up behind it are one bar; others are as long as they were written,
-    but for several in a row that are shorter than any metre of the converter.
+def with_bars(score, played):
+    """What abc2midi made of marked ABC, [(tick, bar)] as played -> bytes of a MIDI file with the tune's own
+    metres, and a rest before its pick-up. A short bar before a seam and the pick-up behind it are one bar.
     """
+    origin = played[0][0]
+    played = [*played, (max(score.end(), score.tempos[-1].time), None)]
     bars = played[:1]
     for (start, bar), (stop, _) in itertools.pairwise(played[1:]):
         begun, before = bars[-1]
@@ -1066,34 +1042,18 @@ def time_signatures(played):
 
     second = lengths[1 % len(bars)]
     rest = max(0, min(second, bars[0][1].ticks or second) - lengths[0])
-    bars[0] = -rest, bars[0][1]
     lengths[0] += rest
-
-    signs = []
-    for (start, bar), length, after in zip(bars, lengths, [*lengths[1:], 0], strict=True):
-        silent = bar.ticks and not bar.notes and length % bar.ticks == 0  # Z4: four bars
-        short = max(length, after) < 1.5 * QUARTER or (not after and length < bar.ticks)
-        keeps = bar.metre and (length == bar.ticks or silent or short)
-        metre = bar.metre if keeps else metre_for(length, bar.metre or (4, 4))
-        if not signs or metre != signs[-1][1:]:
-            signs.append((start + rest, *metre))
-    return rest, signs
-
-
-def with_bars(score, played):
-    """What abc2midi made of marked ABC, [(tick, Bar)] as played -> bytes of a MIDI file with the tune's own
-    metres and tempi, and a rest before its pick-up.
-    """
-    rest, signs = time_signatures(played)
+    tempos = [(change.time and change.time + rest - origin, round(change.qpm, 2)) for change in score.tempos]
     score = score.shift_time(rest - 1)  # abc2midi begins notes a tick late
     for changes in (score.key_signatures, score.time_signatures, score.tempos):
         changes.clear()
-    score.time_signatures.extend([symusic.TimeSignature(*sign) for sign in signs])
-    tempo = None
-    for tick, bar in played:
-        if bar.tempo != tempo:
-            score.tempos.append(symusic.Tempo(tick + rest if tempo else 0, qpm=float(bar.tempo)))
-        tempo = bar.tempo
+    score.tempos.extend([symusic.Tempo(tick, qpm) for tick, qpm in tempos if qpm < FIRST_MARK])
+    metre = None
+    for (start, bar), length, after in zip(bars, lengths, [*lengths[1:], 0], strict=True):
+        before, metre = metre, played_metre(bar, length, after)
+        if metre != before:
+            tick = start + rest - origin if before else 0
+            score.time_signatures.append(symusic.TimeSignature(tick, *metre))
     return score.dumps_midi()
 
 
@@ -1111,16 +1071,14 @@ def foreign_abc_to_midi(text, program):
     if not notes or len(bars) > MAX_BARS:
         raise Skip(f"more than {MAX_BARS:,} bars" if notes else "no music")
 
-    score = symusic.Score.from_midi(run_abc2midi(program, marked.encode()))
-    marks = {tempo.time: round(6e7 / tempo.mspq) - FIRST_MARK for tempo in score.tempos}
+    score = symusic.Score.from_midi(run_abc2midi(program, marked.encode())[0])
+    marks = {tempo.time: 60_000_000 // max(1, tempo.mspq) - FIRST_MARK for tempo in score.tempos}
     played = [(tick, mark) for tick, mark in sorted(marks.items()) if 0 <= mark < len(bars)]
     turns = Counter(mark for _, mark in played)
     expected = sum(bar.notes * max(1, turns[mark]) for mark, bar in enumerate(bars))
     if not played or score.note_num() < 0.9 * expected * count_notes(music) / notes:
         raise Skip("notes lost")
-    if played[-1][1] < len(bars) - 1:  # the mark of the end was in a voice that abc2midi takes no tempi from
-        played.append((score.end(), -1))
-    return with_bars(score, [(tick - played[0][0], bars[mark]) for tick, mark in played])
+    return with_bars(score, [(tick, bars[mark]) for tick, mark in played])
 
 
 def read_foreign(path):
@@ -1131,14 +1089,13 @@ def read_foreign(path):
     need(path.stat().st_size <= MAX_FILE_BYTES, f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB")
     if path.suffix.lower() != ".abc":
         return path.read_bytes()
-    tunes = re.split("^(?=X:)", plain_text(path.read_bytes()), flags=re.M)
-    tunes = [tune for tune in tunes if re.search("^K:", tune, re.M)]
-    need(tunes, f"{path} holds no tune: in ABC a line that begins with K: stands before the music")
+    parts = re.split("^(?=X:)", plain_text(path.read_bytes()), flags=re.M)
+    tunes = [part for part in parts if re.search("^K:", part, re.M)]
     if len(tunes) > 1:
         say(f"prompt    {path} holds {len(tunes)} tunes; the first one is taken")
     try:
         with abc2midi_program() as program:
-            return foreign_abc_to_midi(tunes[0], program)
+            return foreign_abc_to_midi("".join(tunes[:1]), program)
     except Skip as reason:
         raise UserError(f"{path} can't be read as a tune: {reason}") from reason
 
@@ -1154,12 +1111,7 @@ def abc2midi_program():
 
 
 def run_abc2midi(program, abc, timeout_s=20):
-    """The bytes of a MIDI file for those of one tune (whole books crash abc2midi). Raises Skip, UserError."""
-    return hear_abc(program, abc, timeout_s)[0]
-
-
-def hear_abc(program, abc, timeout_s=20):
-    """The same, and what abc2midi said."""
+    """Bytes of one tune (books crash abc2midi) -> (those of a MIDI file, what it said). Raises Skip."""
     with tempfile.TemporaryDirectory(dir=program.parent) as folder:
         midi = Path(folder, "tune.mid")
         try:
@@ -1202,9 +1154,9 @@ def folk_tunes():
 
 # --- The Session: the dump at https://github.com/adactio/TheSession-data, or what its pages answer as JSON
 
-MODE = re.compile(r"([A-G][b#]?) ?(maj|min|dor|mix|phr|lyd|loc|aeo|ion)[a-z]*", re.I)  # Gmajor, A dorian
 TYPE_METRES = {"jig": "6/8", "slip jig": "9/8", "slide": "12/8", "polka": "2/4", "waltz": "3/4",
                "mazurka": "3/4", "three-two": "3/2"}  # its pages give no metre; all other types are in 4/4
+COLUMNS = {"tune": "tune_id", "setting": "setting_id", "id": "setting_id", "key": "mode"}  # other names
 
 
 def dump_rows(path):
@@ -1213,10 +1165,11 @@ def dump_rows(path):
     if text.lstrip()[:1] in ("[", "{"):
         try:
             tunes = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path} is damaged or cut off ({error})") from error
-        tunes = tunes.get("tunes", [tunes]) if isinstance(tunes, dict) else tunes
-        return [row for tune in tunes for row in settings_of(tune if isinstance(tune, dict) else {})]
+            tunes = tunes.get("tunes", [tunes]) if isinstance(tunes, dict) else tunes
+            return [{"tune_id": tune.get("id"), "meter": TYPE_METRES.get(tune.get("type"), "4/4")} | row
+                    for tune in tunes for row in tune.get("settings", [tune])]
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged, cut off or no tunes.json ({error})") from error
     backslash = re.search(r'\\"(?![",\r\n])', text)  # some write a quotation mark so, others double it
     csv.field_size_limit(2**31 - 1)  # a quotation mark that is never closed takes the rest for a field
     table = csv.DictReader(io.StringIO(text), escapechar="\\" if backslash else None)
@@ -1224,41 +1177,25 @@ def dump_rows(path):
     return list(table)
 
 
-def settings_of(tune):
-    """The rows of an item in JSON: a setting, or a tune with its settings in a list."""
-    if not isinstance(tune.get("settings"), list):
-        return [tune]
-    common = {"tune_id": tune.get("id"), "meter": TYPE_METRES.get(tune.get("type"), "4/4")}
-    rows = [row for row in tune["settings"] if isinstance(row, dict)]
-    return [common | {"setting_id": row.get("id"), "mode": row.get("key")} | row for row in rows]
-
-
-def dump_name(row):
-    """The name of the file of a setting, in a folder for its tune."""
-    return "/".join(str(row.get(f"{name}_id") or row.get(name) or 0) for name in ("tune", "setting")) + ".mid"
-
-
 def setting_abc(row):
     """The ABC of a setting with its header; raises Skip for what is none."""
     metre, mode, music = (plain_text(str(row.get(name) or "")).strip() for name in ("meter", "mode", "abc"))
-    key = MODE.fullmatch(mode)
-    if not re.fullmatch("[1-9][0-9]*/[1-9][0-9]*[.]mid", dump_name(row)):
+    if not row.get("tune_id") or not row.get("setting_id"):
         raise Skip("no tune_id or setting_id")
     if None in row:
         raise Skip("more fields than columns")
-    if not re.search("[A-Ga-g]", music):
-        raise Skip("no music")
-    if not key or not re.fullmatch(r"\d\d?/\d\d?", metre):
+    head = f"M:{metre}\nK:{mode.capitalize()}\n"
+    if not re.fullmatch(rf"M:\d\d?/\d\d?\nK:{KEY}\n", head):
         raise Skip("no key or metre")
-    music = re.sub(r"\n\s*\n", "\n", music)
-    return f"X:1\nL:1/8\nM:{metre}\nK:{key[1].title()}{key[2].lower()}\n{music}\n"
+    return f"X:1\nL:1/8\n{head}" + re.sub(r"\n\s*\n", "\n", music) + "\n"
 
 
 def read_dump(path, cfg):
     """The books of a dump, and how new it is."""
-    rows = dump_rows(path)
+    rows = [{COLUMNS.get(name, name): value for name, value in row.items()} for row in dump_rows(path)]
     newest = max((str(row.get("date") or "")[:10] for row in rows), default="")
-    books = write_members(abc_members([(dump_name(row), row) for row in rows], setting_abc, cfg), cfg)
+    tunes = [(f"{row.get('tune_id') or 0}/{row.get('setting_id') or 0}.mid", row) for row in rows]
+    books = write_members(abc_members(tunes, setting_abc, cfg), cfg)
     return books | {"corpus": f"The Session, settings until {newest}", "dump": {"newest": newest}}
 
 
@@ -5127,7 +5064,7 @@ def abc2midi_faults(text):
     """What abc2midi finds wrong with a text: (set of reasons, {complaint: how often})."""
     try:
         with abc2midi_program() as program:
-            midi, said = hear_abc(program, text.encode())
+            midi, said = run_abc2midi(program, text.encode())
         heard = score_notes(read_score(midi))[0]
     except Skip as skip:
         return {str(skip).replace(" ", "_")}, {}

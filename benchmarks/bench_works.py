@@ -44,7 +44,7 @@ def load(archives):
                     label = f"{Path(path).stem} {song[1] if song else name}"
                     files.append((Path(path).stem, label, archive.read(name)))
     titles = folk_titles()
-    for name, read in study.folk_members(study.Cfg()):
+    for name, read in study.abc_members(study.folk_tunes(), study.plain_text, study.Cfg()):
         try:
             files.append(("folk", titles[name], read()))
         except study.Skip:
@@ -62,7 +62,7 @@ def load(archives):
 
 
 def folk_titles():
-    """{name that folk_members gives: title, or the name itself where there is none}."""
+    """{name of a folk tune: title, or the name itself where there is none}."""
     import music21
     titles = {}
     for folder in study.FOLK_BOOKS:

@@ -82,7 +82,7 @@ def one_voice(notes):
 def heard(text):
     """What abc2midi makes of a text as it stands: (Notes without voices, programs)."""
     with abc2midi_program() as program:
-        score = read_score(run_abc2midi(program, text.encode()))
+        score = read_score(run_abc2midi(program, text.encode())[0])
     return one_voice(score.notes), {program for program, drum in score.voices if not drum}
 
 

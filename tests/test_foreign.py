@@ -79,7 +79,7 @@ def test_voices_keep_in_step_and_tempi_are_kept(read):
 
 @pytest.mark.parametrize("text, reason", [
     ("X:1\nabc|", "no K: field"), (HEAD + "z8|", "no music"), (HEAD + '"abcdefg"|', "no music"),
-    (HEAD + 'G8|"A4 BcdefgabB|', "notes lost"), (HEAD + "c|" * 7000, "more than 7,000 bars")])
+    (HEAD + 'G8|"A4 BcdefgabB|', "notes lost"), (HEAD + "c|" * 6001, "more than 6,000 bars")])
 def test_what_can_not_be_read_is_skipped_by_its_reason(read, text, reason):
     with pytest.raises(Skip, match=reason):
         read(text)
