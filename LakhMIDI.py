@@ -5855,11 +5855,13 @@ FAULTS = {  # what check_abc names, in words
 SAMPLE_KINDS = {"real": "real", "unprompted": "begun from nothing", "prompted": "continued",
                 "valid": "bars redrawn", "yours": "goes on from yours", "same": "four bars continued"}
 LICENCES = {FOLK: "public domain", "The Session": "Open Database License", "Lakh": "CC BY 4.0"}
-NETWORKS = {"N": "n_fit", "D, characters": "tokens", "epochs": "epochs", "validation loss": "val_loss",
-            "FLOPs": "flops", "characters/s": "tokens_per_s", "seconds": "wall_s"}
-LOSSES = {"nats/character": "test_loss", "\u00b1 s.e.": "test_loss_se", "bits/character": "test_bpc",
-          "bits/note": "bits_per_note", "bits/second of music": "bits_per_second",
-          "nats/character, near-duplicates of trained tunes": "leaked_loss"}
+NETWORKS = {
+    "network": "run", "N": "n_fit", "D, characters": "tokens", "epochs": "epochs",
+    "validation loss": "val_loss", "FLOPs": "flops", "characters/s": "tokens_per_s", "seconds": "wall_s"}
+LOSSES = {
+    "network": "run", "nats/character": "test_loss", "\u00b1 s.e.": "test_loss_se",
+    "bits/character": "test_bpc", "bits/note": "bits_per_note", "bits/second of music": "bits_per_second",
+    "nats/character, near-duplicates of trained tunes": "leaked_loss"}
 
 
 def show(value):
@@ -6023,31 +6025,27 @@ def in_short(stats, fits, evaluation):
               f"{'bits a note' if row['bits a note apart'] else 'nats a character'} apart, a ratio of "
               f"{show(row['value'])}" for row in comparisons(fits) if row["value"]]
     losses += [f"the best network, {model_name(best['run'])}, needs {best['bits_per_note']:.2f} bits a note, "
-               f"{best['test_loss']:.4f} \u00b1 {best['test_loss_se']:.4f} nats a character, on "
+               f"{with_error(best, 'test_loss')} nats a character, on "
                f"{evaluation['test_chars']:,} characters of unseen tunes"]
     laws = [f"{family_name(family)}: {law['verdict']}" for family, law in fits["families"].items()]
     stated = [f"{row['network']}, predicted at {show(row['predicted'])} nats a character beforehand, reached "
               f"{row['reached']:.4f} ({row['error']}): {row['verdict']}" for row in predictions(fits)]
-    valid = [f"{SAMPLE_KINDS[kind]}, {percent(row['valid'])} % of {row['n']}" for kind, row in music.items()]
-    copied = [f"{SAMPLE_KINDS[kind]}, {percent(music[kind]['copied'])} %" for kind in ("unprompted", "real")]
-    heard = (f"valid tunes: {'; '.join(valid)}. Nearer to a training tune than 95 % of real tunes: "
-             f"{'; '.join(copied)}")
+    heard = [f"tunes {SAMPLE_KINDS[kind]}: {percent(row['valid'])} % of {row['n']} valid, "
+             f"{percent(row['copied'])} % copies" for kind, row in music.items()]
     leak = stats["works"]["leak_of_split_by_file"]["leaked_chars"]
-    texts = ["; ".join(losses), " ".join(laws), "; ".join(stated), heard, leak_effect(best, leak)]
+    leaks = [f"split by file, {leak:.1%} of the held-out characters would have a near-duplicate in training"]
+    if best["leaked_loss"] is not None:
+        mixed = leak * best["leaked_loss"] + (1 - leak) * best["test_loss"]
+        leaks += [f"on such tunes the best network loses {with_error(best, 'leaked_loss')} nats a character, "
+                  f"so that split would have reported about {mixed:.4f}"]
+    texts = ("; ".join(losses), " ".join(laws), "; ".join(stated), "; ".join(heard), "; ".join(leaks))
     return [f"{text[0].upper()}{text[1:].rstrip('.')}." for text in texts if text]
 
 
-def leak_effect(best, share):
-    """What a split by file would have reported for the best model, as far as it is known."""
-    text = f"split by file, {share:.1%} of the held-out characters would have a near-duplicate in training"
-    if best["leaked_loss"] is None:
-        return text
-    errors = {key: best[f"{key}_se"] for key in ("leaked_loss", "test_loss")}  # None of a single tune
-    leaked, honest = (f"{best[key]:.4f}" + (f" \u00b1 {error:.4f}" if error is not None else "")
-                      for key, error in errors.items())
-    mixed = share * best["leaked_loss"] + (1 - share) * best["test_loss"]
-    return (f"{text}; on such tunes {model_name(best['run'])} has a loss of {leaked} nats a character, on "
-            f"honest test tunes {honest}: that split would have reported about {mixed:.4f}")
+def with_error(row, key):
+    """A loss and its standard error, which a single tune does not have."""
+    error = row[f"{key}_se"]
+    return f"{row[key]:.4f}" + (f" \u00b1 {error:.4f}" if error is not None else "")
 
 
 def page_sections(stats, results, fits, evaluation, pictures):
@@ -6123,20 +6121,22 @@ def law_tables(fits):
 
 def loss_tables(runs, tested):
     """Tables of the training and of the test losses."""
-    def rows(some, columns):
-        return [{"network": model_name(row["run"]), **{name: row[key] for name, key in columns.items()}}
-                for row in some]
-
-    kinds, places = [], []
+    shares = {kind: f"{part['share']:.1%}" for kind, part in tested[0]["by_kind"].items()}
+    kinds, places = [{"network": "share of characters"} | shares], []
     for row in tested:
         who = {"network": model_name(row["run"])}
         kinds.append(who | {kind: part["bits"] for kind, part in row["by_kind"].items()})
         places.append(who | {f"from {part['from']}": part["bits"] for part in row["by_position"]})
-    shares = {kind: f"{part['share']:.1%}" for kind, part in tested[0]["by_kind"].items()}
-    kinds.append({"network": "share of characters"} | shares)
-    return [("Networks at the full budget", rows(runs, NETWORKS)), ("Test loss", rows(tested, LOSSES)),
+    return [("Networks at the full budget", columns_of(runs, NETWORKS)),
+            ("Test loss", columns_of(tested, LOSSES)),
             ("Test loss by kind of character, bits a character", kinds),
             ("Test loss by place in the window, bits a character", places)]
+
+
+def columns_of(rows, columns):
+    """Rows of a JSON file -> rows of a table whose columns {name: key} people can read."""
+    return [{name: model_name(row[key]) if key == "run" else row[key] for name, key in columns.items()}
+            for row in rows]
 
 
 def music_tables(evaluation):
@@ -6173,33 +6173,34 @@ def data_tables(stats):
 def checklist(stats, results, fits):
     """The survey's questions, and what this run answers."""
     runs, method = results["runs"], fits["method"]
-    answers = {"L(N)": method["power_law"], "L(N, D)": method["parametric"], "left out": method["left_out"],
-               "how things are counted": method["points"]}
     sizes, epochs, rates = (sorted({row[key] for row in runs}) for key in ("n_fit", "epochs", "lr"))
-    answers["points"] = (f"{len(runs)} in scaling_points.csv, with their seeds: {len(sizes)} sizes from "
-                         f"{sizes[0]:,} to {sizes[-1]:,}, {epochs[0]:.2g} to {epochs[-1]:.2g} epochs")
-    answers["data"] = (f"{results['corpus']}; single characters, {stats['vocabulary_size']} symbols, in one "
-                       "order for all networks")
-    answers["rates"] = (f"peaks {show(rates[0])} to {show(rates[-1])}; {results['batch_tokens']:,} "
-                        f"characters a batch, in windows of {results['seq_len']:,}")
+    answers = {
+        "L(N)": method["power_law"], "L(N, D)": method["parametric"], "left out": method["left_out"],
+        "how things are counted": method["points"],
+        "points": f"{len(runs)} in scaling_points.csv, with seeds: {len(sizes)} sizes, {sizes[0]:,} "
+                  f"to {sizes[-1]:,}; {epochs[0]:.2g} to {epochs[-1]:.2g} epochs",
+        "data": f"{results['corpus']}; {stats['vocabulary_size']} symbols (characters), in one order for "
+                "all networks",
+        "rates": f"peaks {show(rates[0])} to {show(rates[-1])}; {results['batch_tokens']:,} characters a "
+                 f"batch, in windows of {results['seq_len']:,}"}
     return [{"question": question, "answer": answer} for question, answer in answers.items()]
 
 
 def about_run(results, cfg):
     """Date, code, machine, precision, time and corpus of a run, for the head of the page."""
-    home, found = Path(__file__).parent, ""
+    git = ["git", "describe", "--always", "--exclude=*", "--dirty=, with changes"]
+    commit = "not known"
     if shutil.which("git"):
-        git = ["git", "describe", "--always", "--exclude=*", "--dirty=, with changes"]
-        found = subprocess.run(git, cwd=home, capture_output=True, text=True).stdout
-    folders = Path(cfg.DATA_ROOT, "manifests"), Path(cfg.SAVE_DIR, "manifests")
-    seconds = sum(read_json(path).get("seconds", 0) for folder in folders for path in folder.glob("*.json"))
+        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = found.stdout.strip() or commit
+    manifests = [*cfg.DATA_ROOT.glob("manifests/*.json"), *cfg.SAVE_DIR.glob("manifests/*.json")]
+    seconds = sum(read_json(path).get("seconds", 0) for path in manifests)
     licences = [licence for name, licence in LICENCES.items() if name in results["corpus"]]
     precision = ", ".join(sorted({row["precision"] for row in results["runs"]}))
-    about = {"Date": datetime.date.today().isoformat(), "Commit": found.strip() or "not known",
-             "Machine": results["device"], "Precision": f"{precision}, torch {results['torch']}",
-             "Time of all stages": playing_time(seconds),
-             "Corpus": f"{results['corpus']}, licence: {(licences or ['its owners'])[0]}"}
-    return about if midirenderer else about | {"Sound": "none, for midirenderer was not installed"}
+    return {"Date": datetime.date.today().isoformat(), "Commit": commit, "Machine": results["device"],
+            "Precision": f"{precision}, torch {results['torch']}", "All stages": playing_time(seconds),
+            "Corpus": f"{results['corpus']}, licence: {(licences or ['its owners'])[0]}",
+            **({} if midirenderer else {"Sound": "none, for midirenderer was not installed"})}
 
 
 @stage(version=3, knobs="", reads=(tokenize, train, fit, evaluate), root="SAVE_DIR")
