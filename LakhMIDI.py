@@ -5367,19 +5367,11 @@ def judge(tune, cfg):
 def judge_all(groups, best, cfg):
     """All tunes with "check", "metrics" and "copy"; workers judge while more are sampled."""
     judged, melodies = [], []
-    nothing = {"notes": 0, "pitches": 0, "bars": 0, "bad_bars": 0, "complaints": {}}
     with ProcessPool(max_workers=cfg.WORKERS) as pool:
-        waiting = [(tunes, pool.map(judge, name_shown(tunes, best, cfg), [cfg] * len(tunes), timeout=60))
+        waiting = [(tunes, pool.map(judge, name_shown(tunes, best, cfg), [cfg] * len(tunes)))
                    for tunes in groups]
         for tunes, future in waiting:
-            results = future.result()
-            for tune in tunes:
-                try:
-                    found = next(results)
-                except (TimeoutError, ProcessExpired) as error:  # of a hostile text; counted under its reason
-                    reason = "timeout" if isinstance(error, TimeoutError) else "crashed"
-                    found = {"check": {"valid": False, "reasons": [reason], **nothing}, "metrics": {},
-                             "melody": 3 * (np.zeros(0, int),)}
+            for tune, found in zip(tunes, future.result(), strict=True):  # raises what a judge raised
                 melodies.append(found.pop("melody"))
                 judged.append({**tune, **found})
     for tune, copied in zip(judged, find_copies(melodies, cfg), strict=True):
