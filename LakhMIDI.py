@@ -5416,7 +5416,8 @@ def emergence_row(tunes, copy_limit, cfg):
            "metrics": {name: mean_of([tune["metrics"].get(name) for tune in tunes], cfg)
                        for name in dict.fromkeys(name for tune in tunes for name in tune["metrics"])}}
     if row["kind"] == "valid":
-        row["tries"] = sum(tune["tries"] for tune in tunes) / max(1, sum(tune["bars"] for tune in tunes))
+        bars = sum(tune["bars"] for tune in tunes)
+        row["tries"] = sum(tune["tries"] for tune in tunes) / bars if bars else None
         row["gave_up"] = sum(tune["gave_up"] for tune in tunes)
     return row
 
