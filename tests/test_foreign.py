@@ -1,13 +1,9 @@
-"""ABC from elsewhere: dialects and bar lines, the dumps of The Session, a host that fails."""
+"""ABC from elsewhere: dialects and bar lines, the dumps of The Session."""
 import csv
-import functools
-import http.server
 import io
 import json
 import random
-import threading
 import time
-from pathlib import Path
 
 import pytest
 import symusic
@@ -19,17 +15,16 @@ HEAD = "X:1\nL:1/8\nM:4/4\nK:G\n"
 
 
 def heard(midi):
-    """[(onset in quarter notes, pitch)] of the bytes of a MIDI file, the lengths of its bars in eighths."""
+    """Of a MIDI file [(onset in eighths, pitch)], the lengths of its bars, [(onset, tempo)]."""
     score = symusic.Score.from_midi(midi)
-    notes = sorted((round(note.time / score.tpq, 2), note.pitch)
-                   for track in score.tracks for note in track.notes)
-    signs = [(2 * sign.time / score.tpq, 8 * sign.numerator / sign.denominator)
-             for sign in score.time_signatures]
-    bars, now, end = [], 0, 2 * score.end() / score.tpq
-    while now < end:
+    eighth = score.tpq / 2
+    notes = sorted((note.time / eighth, note.pitch) for track in score.tracks for note in track.notes)
+    signs = [(sign.time / eighth, 8 * sign.numerator / sign.denominator) for sign in score.time_signatures]
+    bars, now = [], 0
+    while now < score.end() / eighth:
         bars.append(next(length for begin, length in reversed(signs) if begin <= now))
         now += bars[-1]
-    return notes, bars
+    return notes, bars, [(change.time / eighth, round(change.qpm)) for change in score.tempos]
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +38,7 @@ def read():
     "R:hornpipe\n" + HEAD + "GABc d2e2|d8|", HEAD + "~G.ABTc !fermata!d2He2|+trill+d8|",
     HEAD + '"Em"GA{/d}B{cd}c "^slow"d2ue2|J`d8| % c4', HEAD + "G!4!AB!roll!c !\nd2e2|!d8|",
     HEAD + "(GABc) d2e2\\\n|d8|\nw:one two\nN:a b c d e\nA: a place\n[r:remark]",
-    HEAD + '"Fife"\nGABc d2e2|d8|',
-    HEAD + "\u201cAm\u201dGABc d2e2|d8|", HEAD + "GABc<br />\nd2e2 | d8 |</html>\n",
+    HEAD + '"Fife"\nGABc d2e2|d8|', HEAD + "\u201cAm\u201dGABc d2e2|d8|", HEAD + "GABc<br />\nd2e2 | d8 |</html>\n",
     HEAD + "GABc !d2e2 !d8|", HEAD + "GABc d-de2|d4-|d4|",
     HEAD + "%%begintext\nabcdefg\n%%endtext\nGABc d2&quot;G&amp;quot;e2|d8|\n\nA note beneath",
     HEAD.replace("K:", "U: T = !trill!\n%%MIDI drumon\nK:") + "%%MIDI gchord fff\nGABc d2e2|d8|",
@@ -63,18 +57,15 @@ def test_what_is_written_as_notes_is_what_comes_out(read, same):
     ("|:G2A2B2c2|1 d4 :|2 e6|f8|]", 0, [8, 4, 8, 6, 8]),  # bars that are too short stay so
     ("[M:none]B2|G2A2B2|c4|d6|", 4, [6, 6, 4, 6])])
 def test_bar_lines_survive(read, music, rest, bars):
-    notes, found = read(HEAD + music)
-    assert notes[0][0] == rest / 2 and found == bars
+    notes, found, tempos = read(HEAD + music)
+    assert notes[0][0] == rest and found == bars and tempos == [(0, 120)]
 
 
 def test_voices_keep_in_step_and_tempi_are_kept(read):
-    notes, bars = read(HEAD + "[V:1]B2|G4A4|[M:3/4]B6|\n[V:2]z2|D8|[M:3/4]G6|\n[V:1]c6|\n[V:2]A6|\n")
-    assert notes == [(3, 71), (4, 62), (4, 67), (6, 69), (8, 67), (8, 71), (11, 69), (11, 72)]
+    notes, bars, _ = read(HEAD + "[V:1]B2|G4A4|[M:3/4]B6|\n[V:2]z2|D8|[M:3/4]G6|\n[V:1]c6|\n[V:2]A6|\n")
+    assert notes == [(6, 71), (8, 62), (8, 67), (12, 69), (16, 67), (16, 71), (22, 69), (22, 72)]
     assert bars == [8, 8, 6, 6]
-    with study.abc2midi_program() as program:
-        midi = study.foreign_abc_to_midi("X:1\nL:1/8\nM:6/8\nQ:\"Slow\" 3/8=40\nK:G\nd|G6|[Q:90]A6|", program)
-    tempos = symusic.Score.from_midi(midi).tempos
-    assert [(change.time, round(change.qpm)) for change in tempos] == [(0, 60), (2880, 90)]
+    assert read('X:1\nL:1/8\nM:6/8\nQ:"Slow" 3/8=40\nK:G\nd|G6|[Q:90]A6|')[2] == [(0, 60), (12, 90)]
 
 
 @pytest.mark.parametrize("text, reason", [
@@ -110,26 +101,20 @@ def test_a_user_s_tune_is_read_whatever_its_encoding(tmp_path, capsys):
 def test_what_is_no_tune_is_refused_in_a_line(tmp_path, name, data, why):
     if data is not None:
         (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=why) as error:
+    with pytest.raises(UserError, match=rf"\A.*{why}.*\Z"):
         study.read_foreign(tmp_path / name)
-    assert "\n" not in str(error.value)
 
 
 # --- The Session
 
-COLUMNS = ("tune_id", "setting_id", "name", "type", "meter", "mode", "abc", "date", "username", "composer")
+COLUMNS = ("tune_id", "setting_id", "name", "type", "meter", "mode", "abc", "date", "username")
 
 
-def melody(seed, bars=16):
-    rng = random.Random(seed)
-    music = ["".join(rng.choices("ABcdefg", k=8)) for _ in range(bars)]
-    return "|:" + "|\n".join("|".join(music[i:i + 4]) for i in range(0, bars, 4)) + ":|"
-
-
-def setting(tune=1, number=1, **fields):
+def setting(tune, number):
+    bars = ["".join(random.Random(16 * number + i).choices("ABcdefg", k=8)) for i in range(16)]
+    music = "|\n".join("|".join(bars[i:i + 4]) for i in range(0, 16, 4))
     return {"tune_id": tune, "setting_id": number, "name": "A Made-Up Reel", "type": "reel", "meter": "4/4",
-            "mode": "Gmajor", "abc": melody(number), "date": "2019-12-31 10:00:00", "username": "somebody",
-            "composer": "", **fields}
+            "mode": "Gmajor", "abc": f"|:{music}:|", "date": "2019-12-31 10:00:00", "username": "somebody"}
 
 
 def as_csv(rows, columns=COLUMNS):
@@ -144,22 +129,20 @@ GOOD = [setting(tune, 10 * tune + k) for tune in range(1, 11) for k in range(3)]
 
 
 @pytest.fixture
-def extract(tmp_path, monkeypatch):
+def extract(tmp_path):
     """extract(bytes of a dump) -> (midi_index.json, {path: bytes})."""
-    monkeypatch.chdir(tmp_path)
-
     def run(data):
         (tmp_path / "tunes").write_bytes(data)
         cfg = Cfg.smoke(tmp_path, DATASET=tmp_path / "tunes", MAX_MIDI_FILES=0)
         study.extract(cfg, force=True)
-        index = read_json(tmp_path / "data_lakh/midi_index.json")
+        index = read_json(cfg.DATA_ROOT / "midi_index.json")
         assert index["seen"] == len(index["files"]) + sum(index["skipped"].values())
         return index, {file: (cfg.MIDI_ROOT / file).read_bytes() for file in index["files"]}
 
     return run
 
 
-def test_all_forms_and_dialects_of_a_dump_give_the_same_tunes(extract):
+def test_all_forms_of_a_dump_and_damaged_ones_give_the_same_tunes(extract):
     index, files = extract(as_csv(GOOD))
     assert len(files) == len(GOOD) and "2/21.mid" in files and index["dump"]["newest"] == "2019-12-31"
     chords = [row | {"abc": row["abc"].replace("|", '|"G"', 1)} for row in GOOD]
@@ -169,7 +152,10 @@ def test_all_forms_and_dialects_of_a_dump_give_the_same_tunes(extract):
         for row in GOOD if row["tune_id"] == tune]} for tune in range(1, 11)]
     for data in (json.dumps(GOOD), b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), json.dumps({"tunes": pages}),
                  as_csv(chords), as_csv(chords).replace(b'""', b'\\"'), json.dumps(bang),
-                 json.dumps(GOOD).replace("\\n", "<br />\\r\\n"), json.dumps(GOOD).replace("\\n", "\\\\n")):
+                 json.dumps(GOOD).replace("\\n", "<br />\\r\\n"), json.dumps(GOOD).replace("\\n", "\\\\n"),
+                 as_csv(GOOD).replace(b"\n", b"\r\n"), as_csv(GOOD).replace(b"A Made-Up", b"Caf\xe9"),
+                 as_csv(GOOD, COLUMNS[:2] + COLUMNS[4:7]), as_csv(GOOD) + b"1,2\n\n,,,,,,,\n1," + b"x," * 50,
+                 as_csv(GOOD) + b'9,9,"never closed,reel,4/4,Gmajor,' + b"A\n" * 200_000):
         assert extract(data.encode() if isinstance(data, str) else data)[1] == files
 
 
@@ -184,21 +170,11 @@ def test_a_row_that_is_no_tune_is_counted_by_its_reason(extract, change, reason)
 
 
 @pytest.mark.parametrize("data", [
-    as_csv(GOOD[:5]).replace(b"\n", b"\r\n"), as_csv(GOOD[:5]).replace(b"A Made-Up", b"Caf\xe9"),
-    as_csv(GOOD[:5]) + b"1,2\n\n,,,,,,,\n1," + b"x," * 50, as_csv(GOOD[:5], COLUMNS[:2] + COLUMNS[4:7]),
-    as_csv(GOOD[:5]) + b'9,9,"a quotation mark that is never closed,reel,4/4,Gmajor,' + b"A\n" * 200_000],
-    ids=["CRLF", "Latin-1", "ragged", "few columns", "unclosed"])
-def test_a_damaged_dump_gives_what_is_whole(extract, data):
-    assert extract(data)[1] == extract(as_csv(GOOD[:5]))[1]
-
-
-@pytest.mark.parametrize("data", [
     b"", b"404: Not Found", b"[", b'[{"abc": "', b"[1, null, []]", b'{"tunes": [{"settings": 1}]}',
     b"[" * 99_999, b"\x00\xff" * 99, as_csv([]), as_csv(GOOD, COLUMNS[:6])])
 def test_what_is_no_dump_is_refused_in_a_line(extract, data):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"\A.+\Z"):
         extract(data)
-    assert "\n" not in str(error.value)
 
 
 def test_settings_of_one_tune_stay_on_one_side(tmp_path):
@@ -211,67 +187,17 @@ def test_settings_of_one_tune_stay_on_one_side(tmp_path):
     assert len(sides) == 10 and all(len(splits) == 1 for splits in sides.values())
 
 
-# --- the host
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        body, how, start = self.server.body, self.server.how, 0
-        self.server.asked += 1
-        if how == "404" or (how == "503" and self.server.asked == 1):
-            return self.send_error(int(how))
-        if span := self.headers.get("Range"):
-            start = int(span[6:-1])
-        self.send_response(206 if span else 200)
-        length = len(body) - start + 9 * (how == "longer") - 999 * (how == "shorter")
-        self.send_header("Content-Length", str(length))
-        self.send_header("ETag", '"1"')
-        self.end_headers()
-        self.wfile.write(body[start:start + 70_000] if how == "cuts" else body[start:])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def host(monkeypatch, tmp_path):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        long = [row | {"composer": "x" * 5_000} for row in GOOD]
-        server.body, server.how, server.asked = as_csv(long), "", 0
-        threading.Thread(target=functools.partial(server.serve_forever, 0.02), daemon=True).start()
-        monkeypatch.setattr(study, "THESESSION_URL", f"http://127.0.0.1:{server.server_port}/tunes.csv")
-        monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
-        monkeypatch.chdir(tmp_path)
-        yield server
-        server.shutdown()
-
-
-@pytest.mark.parametrize("how", ["", "cuts", "503"])
-def test_the_dump_is_fetched_once_however_often_the_line_breaks(host, tmp_path, how):
-    host.how = how
-    cfg = Cfg.smoke(tmp_path, DATASET="thesession", MAX_MIDI_FILES=0)
-    study.extract(cfg)
-    index = read_json(tmp_path / "data_lakh/midi_index.json")
-    assert Path(tmp_path, "data_lakh/downloads/thesession.csv").read_bytes() == host.body
-    assert index["seen"] == len(GOOD)
-    assert cfg.corpus == "The Session, settings until 2019-12-31"
-    asked = host.asked
-    assert study.extract(cfg) is False and study.extract(cfg, force=True) and host.asked == asked
-
-
-@pytest.mark.parametrize("how", ["404", "longer"])
-def test_without_the_dump_the_folk_tunes_are_used_and_it_is_said(host, tmp_path, capsys, how):
-    host.how = how
+def test_the_dump_is_fetched_or_the_folk_tunes_are_used_and_it_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(study, "THESESSION_URL", "http://127.0.0.1:9/tunes.csv")  # where no one answers
+    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
     cfg = Cfg.smoke(tmp_path, DATASET="thesession", MAX_MIDI_FILES=3)
     study.extract(cfg)
     said = [line for line in capsys.readouterr().out.splitlines() if "folk tunes" in line]
     assert len(said) == 1 and "can't download" in said[0]
-    assert cfg.corpus == study.FOLK and len(read_json(tmp_path / "data_lakh/midi_index.json")["files"]) == 3
-    host.how = ""
+    assert cfg.corpus == study.FOLK and len(read_json(cfg.DATA_ROOT / "midi_index.json")["files"]) == 3
+
+    (cfg.DATA_ROOT / "downloads").mkdir(exist_ok=True)
+    (cfg.DATA_ROOT / "downloads/thesession.csv").write_bytes(as_csv(GOOD))
     study.extract(cfg, force=True)
-    assert cfg.corpus.startswith("The Session")
-
-
-def test_a_host_that_sends_less_than_the_file_gives_what_is_whole(host, tmp_path):
-    host.how = "shorter"
-    study.extract(Cfg.smoke(tmp_path, DATASET="thesession", MAX_MIDI_FILES=0))
-    assert read_json(tmp_path / "data_lakh/midi_index.json")["seen"] > len(GOOD) - 2
+    assert cfg.corpus == "The Session, settings until 2019-12-31"
+    assert read_json(cfg.DATA_ROOT / "midi_index.json")["seen"] == len(GOOD)
