@@ -38,8 +38,8 @@ def read():
     "R:hornpipe\n" + HEAD + "GABc d2e2|d8|", HEAD + "~G.ABTc !fermata!d2He2|+trill+d8|",
     HEAD + '"Em"GA{/d}B{cd}c "^slow"d2ue2|J`d8| % c4', HEAD + "G!4!AB!roll!c !\nd2e2|!d8|",
     HEAD + "(GABc) d2e2\\\n|d8|\nw:one two\nN:a b c d e\nA: a place\n[r:remark]",
-    HEAD + '"Fife"\nGABc d2e2|d8|', HEAD + "\u201cAm\u201dGABc d2e2|d8|", HEAD + "GABc<br />\nd2e2 | d8 |</html>\n",
-    HEAD + "GABc !d2e2 !d8|", HEAD + "GABc d-de2|d4-|d4|",
+    HEAD + '"Fife"\nGABc d2e2|d8|', HEAD + "\u201cAm\u201dGABc d2e2|d8|",
+    HEAD + "GABc<br />\nd2e2 | d8 |</html>\n", HEAD + "GABc !d2e2 !d8|", HEAD + "GABc d-de2|d4-|d4|",
     HEAD + "%%begintext\nabcdefg\n%%endtext\nGABc d2&quot;G&amp;quot;e2|d8|\n\nA note beneath",
     HEAD.replace("K:", "U: T = !trill!\n%%MIDI drumon\nK:") + "%%MIDI gchord fff\nGABc d2e2|d8|",
     "X:1 T:The Flat Reel M:4/4 L:1/8 K:G GABc d2e2|d8|", HEAD.strip() + " GABc d2e2|d8|\n"])
