@@ -27,6 +27,7 @@ no place.
 from __future__ import annotations
 
 import argparse
+import array
 import ast
 import base64
 import bz2
@@ -476,24 +477,24 @@ def progress(iterable=None, desc=None, total=None, unit="it", **options):
 
 
 def files_below(folder):
-    """Yields (path relative to `folder`, os.stat_result, None for what is no file) in a fixed order.
+    """Yields (path relative to `folder`, os.stat_result, None for what is no file), a folder at a time.
 
     Links are followed and each folder is entered once. What desktops leave behind is left out.
     """
     entered, todo = set(), [""]
     while todo:
-        base = todo.pop()
+        base, inner = todo.pop(), []
         here = os.stat(os.path.join(folder, base))
         if (here.st_dev, here.st_ino) in entered:
             continue
         entered.add((here.st_dev, here.st_ino))
-        with os.scandir(os.path.join(folder, base)) as found:
-            entries = sorted(found, key=lambda entry: entry.name)
-        for entry in entries:
-            if entry.is_dir():
-                todo.append(f"{base}{entry.name}/")
-            elif entry.name not in (".DS_Store", "Thumbs.db", "desktop.ini"):
-                yield base + entry.name, entry.stat() if entry.is_file() else None
+        with os.scandir(os.path.join(folder, base)) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    inner.append(f"{base}{entry.name}/")
+                elif entry.name not in (".DS_Store", "Thumbs.db", "desktop.ini"):
+                    yield base + entry.name, entry.stat() if entry.is_file() else None
+        todo += sorted(inner, reverse=True)
 
 
 def content(path, memory, wanted=lambda name: True):
@@ -508,12 +509,16 @@ def content(path, memory, wanted=lambda name: True):
         files = [("", path.stat())]
     else:
         return None
-    facts = [f"{name}\0{s.st_ino} {s.st_ctime_ns} {s.st_mtime_ns} {s.st_size}" for name, s in files]
-    key = hashlib.sha256("\n".join(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    numbers = array.array("Q")  # made into bytes together: half the time of writing them out
+    for _, facts in files:
+        numbers.extend((facts.st_ino, facts.st_ctime_ns, facts.st_size))
+    listed = "\0".join([name for name, _ in files]).encode("utf-8", "surrogatepass")
+    key = hashlib.sha256(listed + numbers.tobytes()).hexdigest()[:16]
 
     known = read_json(Path(memory, "hashed.json"), {})
     if key not in known:
-        sums = [(name, file_digest(path / name)) for name, _ in progress(files, "looking", unit="file")]
+        names = progress(sorted(name for name, _ in files), "looking", unit="file")
+        sums = [(name, file_digest(path / name)) for name in names]
         known = dict([*known.items()][-500:])
         known[key] = digest(sums) if path.is_dir() else sums[0][1]
         with contextlib.suppress(UserError):  # in a folder that is only read they are hashed each time
@@ -676,9 +681,9 @@ def carry_out(stages, cfg, force=False):
     mine = stages if ranks()[0] == 0 else []  # the locks are rank 0's
     roots = {one.root for one in mine if force or one.status(cfg) != "up to date"}
     with contextlib.ExitStack() as locks:
-        share = roots and locks.enter_context(owned(cfg, "DATA_ROOT", shared="DATA_ROOT" not in roots))
         if "SAVE_DIR" in roots:
             locks.enter_context(owned(cfg, "SAVE_DIR"))
+        share = roots and locks.enter_context(owned(cfg, "DATA_ROOT", shared="DATA_ROOT" not in roots))
         worked = []
         for one in stages:
             if share and one.root == "SAVE_DIR":
