@@ -3949,6 +3949,7 @@ ROUNDING = 1e-8  # a relative difference of losses that means nothing
 MISSED = 0.03  # a held-out error beyond which an exponent is no finding
 BELIEVED = ("identified", "ridge")
 MAX_EPOCHS = 4  # so many passes are worth nearly as much as new data (https://arxiv.org/abs/2305.16264)
+ENDS = ("value", "lo", "hi")  # of an estimate
 
 
 class Law(dict):
@@ -3967,16 +3968,14 @@ class Points(NamedTuple):
     """Losses ready to fit, one entry a size, from small to large."""
     x: np.ndarray  # log(N / smallest N)
     y: np.ndarray  # mean of log L
-    weight: np.ndarray  # runs of this size, over the variance of log L where that is known
-    runs: np.ndarray  # runs of this size
-    within: np.ndarray  # weighted sum of squares of the runs around their mean
+    runs: np.ndarray  # runs of this size: the weight of y
+    within: np.ndarray  # sum of squares of the runs around their mean
     origin: float  # log(smallest N)
-    known: bool  # whether the variance is known
+    seed_sd: float | None  # standard deviation of log L from seed to seed, where that is known
 
     def only(self, keep):
         """The points of some of the sizes."""
-        return self._replace(**{name: getattr(self, name)[keep]
-                                for name in ("x", "y", "weight", "runs", "within")})
+        return self._replace(x=self.x[keep], y=self.y[keep], runs=self.runs[keep], within=self.within[keep])
 
 
 def check_points(N, L, seed_sd=None, least=4):
@@ -3985,21 +3984,18 @@ def check_points(N, L, seed_sd=None, least=4):
     need(N.ndim == 1 and N.shape == L.shape, f"N and L must be of one length, not {N.shape} and {L.shape}")
     need(np.isfinite([N, L]).all(), "a size or a loss is missing or not finite: leave it out")
     need((N > 0).all() and (L > 0).all(), "sizes and losses must be positive")
-    sd = np.broadcast_to(np.asarray(1.0 if seed_sd is None else seed_sd, float), L.shape)
-    need(np.isfinite(sd).all() and (sd > 0).all(), "seed_sd, the noise of log L, must be a positive number")
+    need(seed_sd is None or 0 < seed_sd < np.inf, "seed_sd, the noise of log L, must be a positive number")
 
-    order = np.lexsort((sd, L, N))  # not even rounding may depend on the order of the rows
+    order = np.lexsort((L, N))  # not even rounding may depend on the order of the rows
     sizes, which, runs = np.unique(N[order], return_inverse=True, return_counts=True)
     need(len(sizes) >= least,
          f"a power law with an offset needs at least {least} sizes, this table has {len(sizes)}")
-    w, y = 1 / sd[order]**2, np.log(L[order])
-    weight = np.bincount(which, w)
-    mean = np.bincount(which, w * y) / weight
-    within = np.bincount(which, w * (y - mean[which])**2)
-    x = np.log(sizes / sizes[0])
-    need(np.polyfit(x, mean, 1, w=np.sqrt(weight))[0] < -1e-9 and mean[-1] < mean[0],
+    x, y = np.log(sizes / sizes[0]), np.log(L[order])
+    mean = np.bincount(which, y) / runs
+    within = np.bincount(which, (y - mean[which])**2)
+    need(np.polyfit(x, mean, 1, w=np.sqrt(runs))[0] < -1e-9 and mean[-1] < mean[0],
          "the loss does not fall with size, so there is no power law to fit")
-    return Points(x, mean, weight, runs, within, np.log(sizes[0]), seed_sd is not None)
+    return Points(x, mean, runs, within, np.log(sizes[0]), seed_sd)
 
 
 def misfit(points, log_alpha, log_rho):
@@ -4010,8 +4006,8 @@ def misfit(points, log_alpha, log_rho):
     """
     falling = np.exp(-np.exp(log_alpha)[..., None] * points.x)
     residuals = points.y - np.log(falling + np.exp(log_rho)[..., None])
-    level = residuals @ points.weight / points.weight.sum()
-    return (residuals - level[..., None])**2 @ points.weight + points.within.sum(), level
+    level = residuals @ points.runs / points.runs.sum()
+    return (residuals - level[..., None])**2 @ points.runs + points.within.sum(), level
 
 
 def best_ratios(points, log_alpha):
@@ -4031,6 +4027,25 @@ def edge(start, hard, allowed):
     while abs(step) < abs(hard - start) and allowed(start + step):
         step *= 3
     return start + step if abs(step) < abs(hard - start) else hard
+
+
+def allowance(points, S, level):
+    """(rise, p): how far S may rise above its minimum within a profile interval; the p-value of the law.
+
+    chi-square where the noise is known, F where it is estimated: from seeds, if three sizes have several,
+    which do not trust the law, else from the residuals (Bates and Watts 1988, chapter 6).
+    """
+    floor, sizes, runs = ROUNDING**2, len(points.x), int(points.runs.sum())
+    if points.seed_sd:
+        variance = max(points.seed_sd**2, floor)
+        return variance * stats.chi2.ppf(level, 1), stats.chi2.sf(S / variance, max(runs - 3, 1))
+    if sizes > 3 and (points.runs > 1).sum() >= 3:
+        within, dof = points.within.sum(), runs - sizes
+        variance = max(within / dof, floor)
+        p_value = stats.f.sf((S - within) / (sizes - 3) / variance, sizes - 3, dof)
+        return variance * stats.f.ppf(level, 1, dof), p_value
+    dof = runs - 3
+    return max(S / dof, floor) * stats.f.ppf(level, 1, dof) if dof else np.inf, 1.0
 
 
 class LawGrid:
@@ -4088,7 +4103,7 @@ class LawGrid:
         log_alpha, log_rho, S, level = self.region
         left = self.S + self.rise - S
         value = np.where(left > -1e-3 * self.rise, level + part(np.exp(log_alpha), log_rho), np.nan)
-        move = np.sqrt(np.maximum(left, 0) / self.points.weight.sum())
+        move = np.sqrt(np.maximum(left, 0) / self.points.runs.sum())
         return [np.nanmin(value - move), np.nanmax(value + move)]
 
     def intervals(self):
@@ -4097,11 +4112,10 @@ class LawGrid:
         if np.isfinite(self.rise) and self.region[2][:, 0].min() <= self.S + self.rise:
             c_ends[0] = np.nan  # the data do not exclude c = 0
         a_ends = np.add(self.range_of(lambda alpha, log_rho: alpha * origin), 0 * np.array(self.alpha_ends))
-        found = {"alpha": (self.log_alpha, *self.alpha_ends),
-                 "a": (self.level + self.alpha * origin, *a_ends), "c": (self.level + self.log_rho, *c_ends)}
+        logs = {"alpha": (self.log_alpha, *self.alpha_ends),
+                "a": (self.level + self.alpha * origin, *a_ends), "c": (self.level + self.log_rho, *c_ends)}
         with np.errstate(over="ignore"):  # a is the loss of a model of one parameter
-            return {name: dict(zip(("value", "lo", "hi"), map(finite, np.exp(logs)), strict=True))
-                    for name, logs in found.items()}
+            return {name: estimate(np.exp(values)) for name, values in logs.items()}
 
     def predict(self, N):
         """Arrays (loss, lo, hi) at sizes N, nan where three points leave nothing to judge the noise by."""
@@ -4111,28 +4125,14 @@ class LawGrid:
         return np.exp(best), *np.exp(ends).T
 
 
-def allowance(points, S, level):
-    """(rise, p): how far S may rise above its minimum within a profile interval; the p-value of the law.
-
-    chi-square where the noise is known, F where it is estimated: from seeds, if three sizes have several,
-    which do not trust the law, else from the residuals (Bates and Watts 1988, chapter 6).
-    """
-    floor, sizes, runs = ROUNDING**2, len(points.x), int(points.runs.sum())
-    if points.known:
-        rise = max(1, floor * np.median(points.weight / points.runs)) * stats.chi2.ppf(level, 1)
-        return rise, stats.chi2.sf(S, max(runs - 3, 1))
-    if sizes > 3 and (points.runs > 1).sum() >= 3:
-        variance = max(points.within.sum() / (runs - sizes), floor)
-        lack_of_fit = (S - points.within.sum()) / (sizes - 3) / variance
-        return (variance * stats.f.ppf(level, 1, runs - sizes),
-                stats.f.sf(lack_of_fit, sizes - 3, runs - sizes))
-    dof = runs - 3
-    return max(S / dof, floor) * stats.f.ppf(level, 1, dof) if dof else np.inf, 1.0
-
-
 def finite(value):
     """A float that JSON can hold, else None."""
     return float(value) if value is not None and np.isfinite(value) else None
+
+
+def estimate(values):
+    """{"value", "lo", "hi"} of three numbers, None for one that is not finite."""
+    return dict(zip(ENDS, map(finite, values), strict=True))
 
 
 # --- 2. Predictions of models that the law has not seen
@@ -4145,25 +4145,25 @@ def state_prediction(points, largest, *, level=0.95, runs=1):
     ruler goes on with the slope per log N between the two sizes before; persistence is the loss of the size
     before. "reason" says why a None is None.
     """
-    names = "predicted", "lo", "hi", "ruler", "persistence"
-    stated = {"n": float(largest), **dict.fromkeys(names), "level": level, "reason": ""}
+    stated = {"n": float(largest), "level": level, "reason": ""}
+    forecasts = dict.fromkeys(("predicted", "lo", "hi", "ruler", "persistence"))
     try:
         points = points if isinstance(points, Points) else check_points(points["N"], points["L"], least=3)
         need(len(points.x) >= 3, "a law needs at least three smaller sizes")
     except UserError as error:
-        return {**stated, "reason": str(error)}
+        return {**stated, **forecasts, "reason": str(error)}
     loss, x = np.exp(points.y), np.log(largest) - points.origin
     slope = (loss[-1] - loss[-2]) / (points.x[-1] - points.x[-2])
-    stated |= {"ruler": loss[-1] + slope * (x - points.x[-1]), "persistence": loss[-1]}
+    forecasts |= {"ruler": loss[-1] + slope * (x - points.x[-1]), "persistence": loss[-1]}
 
     grid = LawGrid(points, level)
     predicted, lo, hi = (v[0] for v in grid.predict(largest))
-    noise = np.sqrt(grid.rise / runs / np.median(points.weight / points.runs))
-    stated |= {"predicted": predicted, "lo": predicted * np.exp(-np.hypot(np.log(predicted / lo), noise)),
-               "hi": predicted * np.exp(np.hypot(np.log(hi / predicted), noise))}
+    noise = np.sqrt(grid.rise / runs)
+    forecasts |= {"predicted": predicted, "lo": predicted * np.exp(-np.hypot(np.log(predicted / lo), noise)),
+                  "hi": predicted * np.exp(np.hypot(np.log(hi / predicted), noise))}
     if not np.isfinite(grid.rise):
         stated["reason"] = "three points leave nothing to judge the noise by"
-    return stated | {name: finite(stated[name]) for name in names}
+    return stated | {name: finite(value) for name, value in forecasts.items()}
 
 
 def with_outcome(stated, losses):
@@ -4181,13 +4181,12 @@ def with_outcome(stated, losses):
         out[key] = stated[name] / observed - 1 if stated.get(name) else None
     if out["error"] is None or out["ruler_error"] is None:
         return out
-    if stated["persistence"] > observed:
-        step = stated["persistence"] - observed
-        out["share_of_last_step"] = abs(stated["predicted"] - observed) / step
-    if stated["lo"] is not None and stated["hi"] is not None:
-        inside = stated["lo"] <= observed <= stated["hi"]
-        excludes = not stated["lo"] <= stated["persistence"] <= stated["hi"]
-        out["hit"] = bool(inside and excludes and abs(out["error"]) < abs(out["ruler_error"]))
+    lo, hi, before = stated["lo"], stated["hi"], stated["persistence"]
+    if before > observed:
+        out["share_of_last_step"] = abs(stated["predicted"] - observed) / (before - observed)
+    if lo is not None and hi is not None:
+        better = abs(out["error"]) < abs(out["ruler_error"])
+        out["hit"] = bool(better and lo <= observed <= hi and not lo <= before <= hi)
     return out
 
 
@@ -4197,16 +4196,18 @@ def rival_laws(points):
     The objective is S, as of the power law; excluded: less likely by a factor of 20 at least, by BIC. Without
     them 12 of 32 exponentials and 15 of 64 stairs were given an exponent.
     """
-    S, n, weight, loss = LawGrid(points).S, points.runs.sum(), points.weight, np.exp(points.y)
-    slope, start = np.polyfit(points.x, loss, 1, w=np.sqrt(weight) / loss)  # relative residuals
+    S, n, loss = LawGrid(points).S, points.runs.sum(), np.exp(points.y)
+    slope, start = np.polyfit(points.x, loss, 1, w=np.sqrt(points.runs) / loss)  # relative residuals
     line = np.maximum(start + slope * points.x, 1e-9 * loss)
-    straight = (points.y - np.log(line))**2 @ weight + points.within.sum()
+    straight = (points.y - np.log(line))**2 @ points.runs + points.within.sum()
     size = np.expm1(points.x)  # N - smallest N in place of log N makes an exponential of the power law
-    objectives = {"log-linear": straight, "exponential": LawGrid(points._replace(x=size / np.median(size))).S}
-    floor, out = ROUNDING**2 * weight.sum(), {}
-    for name, objective in objectives.items():
-        odds = (S - objective) / 2 if points.known else n / 2 * np.log((S + floor) / (objective + floor))
-        odds += np.log(n) / 2 * (name == "log-linear")  # it has a parameter less
+    exponential = LawGrid(points._replace(x=size / np.median(size))).S
+    floor, out = ROUNDING**2 * n, {}
+    for name, objective, spared in (("log-linear", straight, 1), ("exponential", exponential, 0)):
+        odds = n / 2 * np.log((S + floor) / (objective + floor))
+        if points.seed_sd:
+            odds = (S - objective) / 2 / points.seed_sd**2
+        odds += spared * np.log(n) / 2  # parameters fewer than the power law has
         out[name] = {"objective": float(objective), "excluded": bool(odds < -np.log(20))}
     return out
 
@@ -4215,14 +4216,13 @@ def verdict(law, exponents, faults=()):
     """(status, reason): may these exponents be believed? Thresholds set by simulation, see bench_fit.py."""
     faults, wide = list(faults), []
     for name in exponents:
-        value, lo, hi = (law[name][key] for key in ("value", "lo", "hi"))
+        value, lo, hi = (law[name][end] for end in ENDS)
         if lo is None or hi is None:
             faults.append(f"the data do not bound {name}")
         elif hi - lo > value:
             wide.append(f"the interval of {name} is wider than {name}")
-    for name, rival in law.get("rivals", {}).items():
-        if not rival["excluded"]:
-            faults.append(f"the {name} law, which has no exponent, is not excluded")
+    faults += [f"the {name} law, which has no exponent, is not excluded"
+               for name, rival in law["rivals"].items() if not rival["excluded"]]
     missed = abs(law["holdout"]["error"] or 0)
     if missed > MISSED:
         faults.append(f"the largest model is missed by {missed:.1%}")
@@ -4236,35 +4236,34 @@ def verdict(law, exponents, faults=()):
 def fit_power_law(N, L, *, seed_sd=None, level=0.95):
     """Fits L = a N^-alpha + c, all >= 0, to losses L (nats, one per trained model) at sizes N -> Law.
 
-    Least squares on log L by variable projection; profile intervals: chi-square where seed_sd, the known
-    standard deviation of log L, is given; by the pooled seed variance where three or more sizes have several
-    seeds; else F. Keys: "alpha", "a", "c" = {"value", "lo", "hi"}, None for an end that the data leave open
-    (for c: 0 is not excluded); "status" identified | ridge (only alpha and c together are known) |
-    not_identified, and "reason"; the others are explained in GLOSSARY. Raises UserError for fewer than four
-    sizes, values that are not finite and positive, losses that do not fall.
+    Least squares on log L by variable projection, with profile intervals (see `allowance`); seed_sd is the
+    standard deviation of log L from seed to seed, if that is known. Keys: "alpha", "a", "c" = {"value", "lo",
+    "hi"}, None for an end that the data leave open (for c: 0 is not excluded); "status" identified | ridge
+    (only alpha and c together are known) | not_identified, and "reason"; the others are explained in
+    GLOSSARY. Raises UserError for fewer than four sizes, values that are not finite and positive, losses that
+    do not fall.
     """
     points = check_points(N, L, seed_sd)
     grid = LawGrid(points, level)
     law = Law(grid.intervals())
     law.grid, law.predict = grid, grid.predict
 
-    n_points = int(points.runs.sum())
-    sd = np.sqrt(np.median(points.runs / points.weight))  # 1 where it is not known
-    law["sigma_log"] = float(sd * np.sqrt(grid.S / max(n_points - 3, 1)))
     N, L = np.asarray(N, float), np.asarray(L, float)
-    losses = {n: L[N == n] for n in np.unique(N)}
-    one, two = ([with_outcome(state_prediction(points.only(slice(0, -count)), n, level=level,
-                                               runs=len(losses[n])), losses[n])
-                 for n in sorted(losses)[-count:]] for count in (1, 2))
-    law["holdout"], law["holdout_two"] = one[0], two
-    sizes = np.arange(len(points.x))
-    law["loo_alpha"] = [LawGrid(points.only(sizes != i)).alpha for i in sizes]
+    sizes = np.unique(N)
+
+    def held_out(count):
+        rest, tests = points.only(slice(0, -count)), [(n, L[N == n]) for n in sizes[-count:]]
+        return [with_outcome(state_prediction(rest, n, level=level, runs=len(losses)), losses)
+                for n, losses in tests]
+    law["holdout"], law["holdout_two"] = held_out(1)[0], held_out(2)
+    law["loo_alpha"] = [LawGrid(points.only(sizes != n)).alpha for n in sizes]
     law["local_slopes"] = (np.diff(points.y) / np.diff(points.x)).tolist()
     law["rivals"] = rival_laws(points)
     rough = grid.p_value < 0.01
     faults = ["the law misses the points by more than their noise explains"] if rough else []
     law["status"], law["reason"] = verdict(law, ["alpha"], faults)
-    law |= {"objective": grid.S, "n_points": n_points, "level": level}
+    law |= {"sigma_log": float(np.sqrt(grid.S / max(len(L) - 3, 1))), "objective": grid.S, "n_points": len(L),
+            "level": level}
     return law
 
 
