@@ -3953,13 +3953,37 @@ ENDS = ("value", "lo", "hi")  # of an estimate
 
 
 class Law(dict):
-    """A fitted law: as a dict, the figures that fits.json keeps; as an object, what predictions need.
-
-    predict(N), or predict(N, D), gives arrays (loss, lo, hi): the law with its 95 % interval, without the
-    noise of a run, nan for an end that is open. `grid` is the LawGrid behind an L(N); `draws` are the
-    bootstrap's (n_boot, 5) rows (log A, log B, log E, alpha, beta) behind an L(N, D).
+    """A fitted law: the figures that fits.json keeps, and what predictions need: the LawGrid of an L(N), the
+    bootstrap's (n_boot, 5) `draws` of (log A, log B, log E, alpha, beta) of an L(N, D).
     """
-    predict = grid = draws = None
+    grid = draws = None
+
+
+def check_columns(*columns):
+    """The columns of a table of sizes and losses as arrays; raises UserError where they are none."""
+    columns = [np.atleast_1d(np.asarray(column, float)) for column in columns]
+    need(columns[0].ndim == 1 and len({column.shape for column in columns}) == 1,
+         "sizes, budgets and losses must be columns of one length")
+    for column in columns:
+        need(np.isfinite(column).all() and (column > 0).all(),
+             "sizes, budgets and losses must be positive numbers: leave out what is missing")
+    return columns
+
+
+def finite(value):
+    """A float that JSON can hold, else None."""
+    return float(value) if value is not None and np.isfinite(value) else None
+
+
+def estimate(values):
+    """{"value", "lo", "hi"} of three numbers, None for one that is not finite."""
+    return dict(zip(ENDS, map(finite, values), strict=True))
+
+
+def widened(value, lo, hi, noise):
+    """(lo, hi) of a loss, the noise of its runs added to its interval in quadrature, on the log scale."""
+    below, above = np.hypot(np.log([value / lo, hi / value]), noise)
+    return value * np.exp(-below), value * np.exp(above)
 
 
 # --- 1. L(N): the likelihood of all laws on a grid
@@ -3980,10 +4004,7 @@ class Points(NamedTuple):
 
 def check_points(N, L, seed_sd=None, least=4):
     """The Points of losses L at sizes N; raises UserError where no falling law can be meant."""
-    N, L = np.atleast_1d(np.asarray(N, float)), np.atleast_1d(np.asarray(L, float))
-    need(N.ndim == 1 and N.shape == L.shape, f"N and L must be of one length, not {N.shape} and {L.shape}")
-    need(np.isfinite([N, L]).all(), "a size or a loss is missing or not finite: leave it out")
-    need((N > 0).all() and (L > 0).all(), "sizes and losses must be positive")
+    N, L = check_columns(N, L)
     need(seed_sd is None or 0 < seed_sd < np.inf, "seed_sd, the noise of log L, must be a positive number")
 
     order = np.lexsort((L, N))  # not even rounding may depend on the order of the rows
@@ -4125,16 +4146,6 @@ class LawGrid:
         return np.exp(best), *np.exp(ends).T
 
 
-def finite(value):
-    """A float that JSON can hold, else None."""
-    return float(value) if value is not None and np.isfinite(value) else None
-
-
-def estimate(values):
-    """{"value", "lo", "hi"} of three numbers, None for one that is not finite."""
-    return dict(zip(ENDS, map(finite, values), strict=True))
-
-
 # --- 2. Predictions of models that the law has not seen
 
 def state_prediction(points, largest, *, level=0.95, runs=1):
@@ -4158,9 +4169,8 @@ def state_prediction(points, largest, *, level=0.95, runs=1):
 
     grid = LawGrid(points, level)
     predicted, lo, hi = (v[0] for v in grid.predict(largest))
-    noise = np.sqrt(grid.rise / runs)
-    forecasts |= {"predicted": predicted, "lo": predicted * np.exp(-np.hypot(np.log(predicted / lo), noise)),
-                  "hi": predicted * np.exp(np.hypot(np.log(hi / predicted), noise))}
+    lo, hi = widened(predicted, lo, hi, np.sqrt(grid.rise / runs))
+    forecasts |= {"predicted": predicted, "lo": lo, "hi": hi}
     if not np.isfinite(grid.rise):
         stated["reason"] = "three points leave nothing to judge the noise by"
     return stated | {name: finite(value) for name, value in forecasts.items()}
@@ -4246,7 +4256,7 @@ def fit_power_law(N, L, *, seed_sd=None, level=0.95):
     points = check_points(N, L, seed_sd)
     grid = LawGrid(points, level)
     law = Law(grid.intervals())
-    law.grid, law.predict = grid, grid.predict
+    law.grid = grid
 
     N, L = np.asarray(N, float), np.asarray(L, float)
     sizes = np.unique(N)
@@ -4271,10 +4281,9 @@ def fit_power_law(N, L, *, seed_sd=None, level=0.95):
 
 def check_parametric(N, D, L, run_id):
     """Sorted arrays N, D, L, run_id; raises UserError where the terms of L(N, D) can't be told apart."""
-    N, D, L = (np.atleast_1d(np.asarray(values, float)) for values in (N, D, L))
+    N, D, L = check_columns(N, D, L)
     run_id = np.arange(len(L)) if run_id is None else np.asarray(run_id)
-    need(N.ndim == 1 and N.shape == D.shape == L.shape == run_id.shape, "N, D, L must be of one length")
-    need(all(np.isfinite(a).all() and a.min(initial=1) > 0 for a in (N, D, L)), "N, D, L must be positive")
+    need(run_id.shape == L.shape, "run_id must name the run of every loss")
     counts = len(np.unique(N)), len(np.unique(D)), len(L)
     need(counts[0] >= 4 and counts[1] >= 3 and counts[2] >= 6,
          "L(N, D) needs 4 sizes, 3 token budgets and 6 points; this table has {}, {}, {}".format(*counts))
@@ -4330,14 +4339,14 @@ def fit_and_draws(N, D, L, run_id, delta, n_boot=0, rng=0, starts=3):
     """
     logs = np.log([N, D, L])
     means = logs.mean(1, keepdims=True)
-    data, ones = logs - means, np.ones_like(N)
-    fits = [descend(p, data, ones, delta) for p in starts_on_grid(data)[:starts]]
+    data = logs - means
+    fits = [descend(p, data, np.ones_like(N), delta) for p in starts_on_grid(data)[:starts]]
     objective, best = min(fits, key=lambda fit: fit[0])
 
-    rng, runs = np.random.default_rng(rng), np.unique(run_id, return_inverse=True)[1]
-    counts = []
+    names, runs = np.unique(run_id, return_inverse=True)
+    rng, counts = np.random.default_rng(rng), []
     while len(counts) < n_boot:
-        drawn = np.bincount(rng.integers(runs.max() + 1, size=runs.max() + 1), minlength=runs.max() + 1)
+        drawn = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
         if len(np.unique(N[drawn[runs] > 0])) >= 3:
             counts.append(drawn)
     rows = best[None]
@@ -4361,24 +4370,25 @@ def parametric_loss(p, N, D):
 def parametric_holdout(N, D, L, run_id, delta, n_boot, rng, sigma):
     """The largest size at its largest budget predicted from all smaller sizes, as in fit_power_law."""
     budget = D[N == N.max()].max()
-    rest, last, same = N < N.max(), (N == N.max()) & (D == budget), (N < N.max()) & (D == budget)
+    rest, at_budget = N < N.max(), D == budget
     _, p, draws = fit_and_draws(N[rest], D[rest], L[rest], run_id[rest], delta, n_boot, rng)
+    stated = state_prediction({"N": N[rest & at_budget], "L": L[rest & at_budget]}, N.max())
+    losses = L[~rest & at_budget]
+
     loss = float(parametric_loss(p, N.max(), budget))
-    lo, hi = np.log(np.quantile(parametric_loss(draws, N.max(), budget), [0.025, 0.975]) / loss)
-    noise = 1.96 * sigma / np.sqrt(last.sum())
-    return with_outcome({**state_prediction({"N": N[same], "L": L[same]}, N.max()), "d": float(budget),
-                         "predicted": loss, "lo": float(loss * np.exp(-np.hypot(min(lo, 0), noise))),
-                         "hi": float(loss * np.exp(np.hypot(max(hi, 0), noise))), "reason": ""}, L[last])
+    lo, hi = np.quantile(parametric_loss(draws, N.max(), budget), [0.025, 0.975])
+    lo, hi = widened(loss, min(lo, loss), max(hi, loss), 1.96 * sigma / np.sqrt(len(losses)))
+    stated |= {"d": float(budget), "predicted": loss, "lo": float(lo), "hi": float(hi), "reason": ""}
+    return with_outcome(stated, losses)
 
 
 def fit_parametric_loss(N, D, L, *, run_id=None, delta=1e-3, n_boot=1000, rng=0):
     """Fits L = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022) to losses L (nats) of N-parameter models
     after D tokens -> Law: least sum of Huber(r / delta) of log residuals r.
 
-    run_id names the training run of a point; the budgets of one run share it. The 95 % intervals are
-    percentiles of a bootstrap over runs; None for an end that the data leave open (for E: 0 is not excluded).
-    Keys as in fit_power_law, for "alpha", "beta", "A", "B", "E". Raises UserError where the terms can't be
-    told apart.
+    run_id names the training run of a point. The 95 % intervals are percentiles of a bootstrap over runs;
+    None for an end that the data leave open (for E: 0 is not excluded). Keys as in fit_power_law. Raises
+    UserError where the terms can't be told apart.
     """
     N, D, L, run_id = check_parametric(N, D, L, run_id)
     need(n_boot >= 2, "n_boot, the number of bootstrap draws, must be at least 2")
@@ -4386,18 +4396,12 @@ def fit_parametric_loss(N, D, L, *, run_id=None, delta=1e-3, n_boot=1000, rng=0)
     law = Law()
     law.draws = draws
 
-    def predict(N, D):
-        spread = parametric_loss(draws[:, None], np.atleast_1d(N), np.atleast_1d(D))
-        return parametric_loss(p, N, D), *np.quantile(spread, [0.025, 0.975], axis=0)
-    law.predict = predict
-
-    ends = np.quantile(draws, [0.025, 0.975], axis=0)
     open_at = {"A": (-50, 500), "B": (-50, 500), "E": (np.log(1e-3 * L.min()), 500),
                "alpha": (0.01, 5), "beta": (0.01, 5)}
-    for i, (name, (least, most)) in enumerate(open_at.items()):
-        (lo, hi), scale = ends[:, i], np.exp if i < 3 else float
-        law[name] = {"value": finite(scale(p[i])), "lo": finite(scale(lo)) if lo > least else None,
-                     "hi": finite(scale(hi)) if hi < most else None}
+    for (name, (least, most)), value, column in zip(open_at.items(), p, draws.T, strict=True):
+        lo, hi = np.quantile(column, [0.025, 0.975])
+        ends = np.array([value, lo if lo > least else np.nan, hi if hi < most else np.nan])
+        law[name] = estimate(ends if name in ("alpha", "beta") else np.exp(ends))
     residuals = np.log(L / parametric_loss(p, N, D))
     law["sigma_log"] = float(np.sqrt(np.sum(residuals**2) / max(len(L) - 5, 1)))
     law["holdout"] = parametric_holdout(N, D, L, run_id, delta, min(n_boot, 100), rng, law["sigma_log"])
@@ -4419,7 +4423,6 @@ def compute_frontier(law, flops_budgets, flops_per_parameter_token=6.0, most_tok
     N* = G (C/6)^(beta/(alpha+beta)), G = (alpha A / (beta B))^(1/(alpha+beta)) (Hoffmann et al. 2022, eq. 4),
     D at most most_tokens; for a Law of fit_parametric_loss: rows {"flops", "n", "d", "loss", each _lo, _hi}.
     """
-    best = [*(np.log(law[name]["value"]) for name in "ABE"), law["alpha"]["value"], law["beta"]["value"]]
     draws = law.draws[(law.draws[:, 3:] > 1e-3).all(1)]
 
     def optimum(p, pairs):
@@ -4432,11 +4435,16 @@ def compute_frontier(law, flops_budgets, flops_per_parameter_token=6.0, most_tok
     for flops in np.atleast_1d(flops_budgets):
         row, pairs = {"flops": float(flops)}, flops / flops_per_parameter_token
         spread = optimum(draws, pairs)
-        for key, value in optimum(best, pairs).items():
+        for key, value in optimum(surface_parameters(law), pairs).items():
             lo, hi = np.quantile(spread[key], [0.025, 0.975])
             row |= {key: float(value), f"{key}_lo": float(lo), f"{key}_hi": float(hi)}
         rows.append(row)
     return rows
+
+
+def surface_parameters(law):
+    """(log A, log B, log E, alpha, beta) of a law L(N, D)."""
+    return [*(np.log(law[name]["value"]) for name in "ABE"), law["alpha"]["value"], law["beta"]["value"]]
 
 
 def plan_row(runs, surface, flops):
@@ -4473,24 +4481,25 @@ def attempt(law, *args, **kwargs):
         return Law(status="refused", reason=str(error))
 
 
+def difference(first, second):
+    """(value, lo, hi) of first - second, each (value, lo, hi): their intervals added in quadrature (Zou and
+    Donner 2008, https://doi.org/10.1002/sim.3095).
+    """
+    (a, a_lo, a_hi), (b, b_lo, b_hi) = first, second
+    return np.array([a - b, a - b - np.hypot(a - a_lo, b_hi - b), a - b + np.hypot(a_hi - a, b - b_lo)])
+
+
 def compare(laws, reach, bits_per_note):
     """The loss of the first of two laws against the second's at `reach`: {"at", the ratio as "value" with
     "lo" and "hi", "nats" and, if told what one nat per character means, "bits_per_note": first minus second}.
-
-    The two intervals are added in quadrature (Zou and Donner 2008, https://doi.org/10.1002/sim.3095).
     """
     refused = [law["reason"] for law in laws if law["status"] == "refused"]
     if refused:
         return {"status": "refused", "reason": "; ".join(refused)}
-
-    def minus(first, second, scale=1.0):
-        (a, a_lo, a_hi), (b, b_lo, b_hi) = first, second
-        ends = a - b, a - b - np.hypot(a - a_lo, b_hi - b), a - b + np.hypot(a_hi - a, b - b_lo)
-        return {key: finite(scale * end) for key, end in zip(("value", "lo", "hi"), ends, strict=True)}
-    first, second = np.array([law.predict(reach) for law in laws])[..., 0]  # each (loss, lo, hi)
-    ratio = {key: end and math.exp(end) for key, end in minus(np.log(first), np.log(second)).items()}
-    out = {"at": float(reach), **ratio, "nats": minus(first, second)}
-    return out | {"bits_per_note": minus(first, second, bits_per_note)} if bits_per_note else out
+    losses = np.array([law.grid.predict(reach) for law in laws])[..., 0]  # rows (loss, lo, hi)
+    nats, ratio = difference(*losses), np.exp(difference(*np.log(losses)))
+    out = {"at": float(reach), **estimate(ratio), "nats": estimate(nats)}
+    return out | {"bits_per_note": estimate(bits_per_note * nats)} if bits_per_note else out
 
 
 def compare_families(families, laws, bits_per_note=None):
@@ -4508,7 +4517,7 @@ def compare_families(families, laws, bits_per_note=None):
 
 def with_ends(estimate):
     """"value [lo, hi]" for people, an open end as such."""
-    value, lo, hi = ("open" if v is None else f"{v:.3g}" for v in map(estimate.get, ("value", "lo", "hi")))
+    value, lo, hi = ("open" if estimate[end] is None else f"{estimate[end]:.3g}" for end in ENDS)
     return f"{value} [{lo}, {hi}]"
 
 
@@ -4522,42 +4531,35 @@ def describe(law, runs):
         span += ": too narrow a range to carry an exponent over to larger models"
     if law["status"] == "not_identified":
         return f"These runs support no exponent: {law['reason']}. {span}."
-    ridge = f" ({law['reason']}: only alpha and c together are known)" if law["status"] == "ridge" else ""
-    missed = ""
+    text = f"alpha = {with_ends(law['alpha'])}, {law['status']}"
+    if law["status"] == "ridge":
+        text += f" ({law['reason']}: only alpha and c together are known)"
     if held["error"] is not None:
-        missed = f"; the largest model is predicted from the others to {held['error']:+.1%}"
+        text += f"; the largest model is predicted from the others to {held['error']:+.1%}"
         if held["share_of_last_step"] is not None:
-            missed += f", {held['share_of_last_step']:.0%} of the last step"
-        missed += f" (a ruler: {held['ruler_error']:+.1%})"
-    return f"alpha = {with_ends(law['alpha'])}, {law['status']}{ridge}{missed}. {span}."
+            text += f", {held['share_of_last_step']:.0%} of the last step"
+        text += f" (a ruler: {held['ruler_error']:+.1%})"
+    return f"{text}. {span}."
 
 
 # --- 5. The stage
 
 GLOSSARY = {
     "power_law": "L = a N^-alpha + c, a, c >= 0, nothing fixed; least squares on log L by variable "
-                 "projection, a grid over alpha and c / a; 95 % profile intervals; runs with main = true",
-    "power_law_total_n, power_law_flops": "the same with n_params or flops as N",
+                 "projection, a grid over alpha and c / a; 95 % profile intervals; runs with main = true; "
+                 "power_law_total_n, power_law_flops: the same with n_params or flops as N",
     "parametric": "L = E + A / N^alpha + B / D^beta, nothing fixed; sum of Huber(r / delta), r log residual; "
                   "L-BFGS-B from the best 3 of 64 starts, ftol 1e-12; 95 % intervals: bootstrap over runs",
-    "value, lo, hi": "estimate and ends of its interval; null: open, or no finite number",
-    "status, reason": "identified; ridge: alpha and c are known only together; not_identified; refused: no "
-                      "fit; and why. verdict: both and the largest model's prediction, in a sentence",
-    "objective": "what was minimised: sum of squared log residuals, or of Huber(r / delta)",
-    "sigma_log": "residual standard deviation of log L", "level": "of the intervals",
-    "n_points, n_runs": "losses fitted, trainings they come from",
-    "rivals": "laws without an exponent, in sums of squared log residuals; excluded: less likely by a factor "
-              "of 20 (BIC)",
-    "loo_alpha, local_slopes": "alpha without each size in turn; d log L / d log N for each pair of sizes",
-    "holdout, holdout_two": "the largest size predicted from the others; the two largest from the rest",
-    "prediction": "the same, written down before the largest model was trained",
-    "ruler, persistence": "losses by a straight line in log N through the two sizes before; by the last",
-    "error": "predicted / observed - 1; ruler_error, persistence_error; noise: standard error of log L",
-    "share_of_last_step": "|predicted - observed| / (loss of the size before - observed)",
-    "hit": "the law beats the ruler, its interval holds the truth and excludes persistence",
+    "verdict": "status identified, ridge (alpha and c are known only together), not_identified or refused, "
+               "and its reason. value, lo, hi: estimate and ends of its interval (level), null if open",
+    "quality": "objective: what was minimised, over n_points losses of n_runs; sigma_log: residual standard "
+               "deviation of log L; rivals: laws without an exponent, excluded at odds of 20 (BIC); "
+               "loo_alpha: without each size in turn; local_slopes: d log L / d log N between sizes",
+    "prediction": "of the largest model, stated before it was trained; holdout, holdout_two: of the largest "
+                  "one or two sizes from the others; each with error, relative, noise, the standard error of "
+                  "log observed, share_of_last_step, hit, and the baselines ruler and persistence",
     "frontier": "best N and D for so many hours at flops_per_s; frontier_left_out: hours without, and why",
-    "comparison": "value: ratio of the first family's loss to the second's by their laws, at the largest N "
-                  "or FLOPs that both have; nats, bits_per_note: first minus second",
+    "comparison": "ratio of the first family's loss to the second's, at the largest N or FLOPs of both",
     "points": "n_fit: N, without embedding; n_params: all; n_non_embedding: without output layer, too; "
               "tokens: D, characters seen; unique_tokens: distinct; flops: C, attention too; lr: peak rate; "
               "val_loss: L, at the decayed end, nats per character; val_loss_se: standard error over tunes",
@@ -4595,11 +4597,12 @@ def fit(cfg):
         families.setdefault(run["family"], []).append(run)
     laws = {name: fit_family(runs, stated.get(name), cfg.BOOTSTRAP) for name, runs in families.items()}
 
-    fits = {"study": study["study"], "corpus": study["corpus"], "method": GLOSSARY, "families": laws}
     val = read_json(cfg.tokens_root / "stats.json", {}).get("splits", {}).get("val", {"notes": 0})
     bits = (val["chars"] + val["tunes"]) / val["notes"] / math.log(2) if val["notes"] else None  # of a nat
-    fits["comparison"] = compare_families(families, laws, bits)
-    text = json.dumps({**fits, "points": study["runs"]}, default=json_default)
+    comparison = compare_families(families, laws, bits)
+    fits = {"study": study["study"], "corpus": study["corpus"], "method": GLOSSARY, "families": laws,
+            "comparison": comparison, "points": study["runs"]}
+    text = json.dumps(fits, default=json_default)
     write_json(folder / "fits.json", json.loads(text, parse_constant=lambda constant: None))
     with atomic_path(folder / "scaling_points.csv") as path, open(path, "w", newline="") as file:
         table = csv.DictWriter(file, list(study["runs"][0]))
@@ -4614,9 +4617,8 @@ def fit(cfg):
     files = [path for name, figure in figures.items() for path in save_figure(figure, folder, name)]
 
     for name, law in laws.items():
-        slopes = ", ".join(f"{slope:+.3f}" for slope in law["power_law"].get("local_slopes", ()))
-        say(f"  {name:12s} {law['verdict']}" + f" Slopes of log L by log N: {slopes}." * bool(slopes))
-    for pair, key in itertools.product(fits["comparison"], ("equal_parameters", "equal_flops")):
+        say(f"  {name:12s} {law['verdict']}")
+    for pair, key in itertools.product(comparison, ("equal_parameters", "equal_flops")):
         unit, found = ("bits per note" if bits else "nats per character"), pair[key]
         gap = found.get("bits_per_note") or found.get("nats")
         say("  {} minus {}, {}: ".format(*pair["families"], key.replace("_", " "))
@@ -4656,20 +4658,20 @@ def plan(cfg, budget):
     for family, law in fits["families"].items():
         runs = [run for run in fits["points"] if run["family"] == family]
         best = min(runs, key=lambda run: run["val_loss"])
-        print(form.format(f"{family}, best so far", f"{best['n_fit']:.3g}", f"{best['tokens']:.3g}",
-                          f"{best['epochs']:.3g}", f"{best['val_loss']:.3g}"))
-        flops = amount * (seconds * law["flops_per_s"] if seconds else 1)
-        row, surface = {"reason": "its speed was not measured"}, law["parametric"]
-        if flops:
-            believed = surface["status"] in BELIEVED  # only then are the draws worth being made again
-            row = plan_row(runs, fit_surface(runs, cfg.BOOTSTRAP) if believed else surface, flops)
+        columns = (f"{best[key]:.3g}" for key in ("n_fit", "tokens", "epochs", "val_loss"))
+        print(form.format(f"{family}, best so far", *columns))
+
+        flops, surface = amount * (seconds * law["flops_per_s"] if seconds else 1), law["parametric"]
+        if surface["status"] in BELIEVED:  # only then are the draws worth being made again
+            surface = fit_surface(runs, cfg.BOOTSTRAP)
+        row = plan_row(runs, surface, flops) if flops else {"reason": "its speed was not measured"}
         if "reason" in row:
             print(f"{family}, {budget}: {row['reason']}")
             continue
         n, d, loss = (with_ends({"value": row[k], "lo": row[f"{k}_lo"], "hi": row[f"{k}_hi"]})
                       for k in ("n", "d", "loss"))
         print(form.format(f"{family}, {budget}", n, d, f"{row['epochs']:.3g}", loss))
-        note = f"{family}: L(N, D) is {law['parametric']['status']}; {flops:.3g} FLOPs"
+        note = f"{family}: L(N, D) is {surface['status']}; {flops:.3g} FLOPs"
         note += f" at {law['flops_per_s']:.3g} FLOP/s, as measured." if seconds else "."
         beyond = row["n"] / max(run["n_fit"] for run in runs), row["d"] / max(run["tokens"] for run in runs)
         if max(beyond) > 1.05:
@@ -4699,19 +4701,26 @@ def panel(axes, title, x, y, xscale="log", yscale="linear"):
     axes.grid(True, which="major", alpha=0.25)
 
 
-def draw_law(axes, N, L, family, law, reach):
-    """All runs, and the law within its 95 % band, dotted beyond the largest size; no curve for no law."""
+def draw_law(axes, N, L, family, law, reach, minus=0.0):
+    """All runs, and the law within its 95 % band, dotted beyond the largest size; no curve for no law.
+
+    minus: an offset to take off every loss; a loss then shows how far it is above that.
+    """
     style = FAMILIES[family]
     bottom, top = axes.get_ylim() if axes.lines else (np.inf, 0)
-    axes.plot(N, L, style.marker, color=style.colour, label=f"{style.label}, {len(N)} runs", zorder=3)
+    above = L - minus
+    axes.plot(N, above, style.marker, color=style.colour, label=f"{style.label}, {len(N)} runs", zorder=3)
     spread = np.ptp(L) or 0.1 * L.max()
-    axes.set_ylim(max(min(L.min() - 0.4 * spread, bottom), 0), max(L.max() + 0.2 * spread, top))
+    low = max(min(L.min() - 0.4 * spread, bottom), 0)
+    if axes.get_yscale() == "log":
+        low = max(above.min(), 1e-3 * spread) / 5
+    axes.set_ylim(low, max(above.max() + 0.2 * spread, top))
     if law["status"] not in BELIEVED:
         return
     at = np.geomspace(N.min() / 1.3, N.max() * reach, 31)
-    loss, lo, hi = law.predict(at)
-    axes.fill_between(at, np.nan_to_num(lo), np.nan_to_num(hi, nan=99 * L.max()), color=style.colour,
-                      alpha=0.15, lw=0)
+    loss, lo, hi = np.array(law.grid.predict(at)) - minus
+    lo, hi = np.nan_to_num(lo), np.nan_to_num(hi, nan=99 * L.max())
+    axes.fill_between(at, lo, hi, color=style.colour, alpha=0.15, lw=0)
     trained = at <= N.max()
     axes.plot(at[trained], loss[trained], color=style.colour, label=f"{style.label}, law, 95 % band")
     axes.plot(at[~trained], loss[~trained], ":", color=style.colour)
@@ -4733,26 +4742,12 @@ def draw_family(family, runs, fits):
             middle, lo, hi = held["predicted"], held["lo"] or 0, held["hi"] or 99 * L.max()
             first.errorbar(1.25 * held["n"], middle, [[middle - lo], [hi - middle]], fmt="D", ms=5, capsize=3,
                            color="black", label=f"predicted from the others, 95 % ({held['error']:+.1%})")
-        draw_excess(others[0], N, L, style, law)
+        panel(others[0], "b  Reducible loss: a line, if the law holds", N_LABEL, "L - c (nats per character)",
+              yscale="log")
+        draw_law(others[0], N, L, family, law, 3, law["c"]["value"])
         draw_ridge(others[1], style, law)
     first.legend(fontsize=8)
     return figure
-
-
-def draw_excess(axes, N, L, style, law):
-    """L - c in log-log, where the law is a line, for the best c and both ends of its interval."""
-    panel(axes, "b  Reducible loss; band and bars: 95 % interval of c", N_LABEL, "L - c (nats per character)",
-          yscale="log")
-    c, lo, hi = (law["c"][key] for key in ("value", "lo", "hi"))
-    lo, hi, least = lo or 0, hi or c, 1e-3 * (L.max() - L.min())
-    at = np.geomspace(N.min(), 3 * N.max(), 61)
-    loss = law.predict(at)[0]
-    axes.fill_between(at, np.maximum(loss - hi, least), loss - lo, color=style.colour, alpha=0.15, lw=0)
-    axes.plot(at, loss - c, color=style.colour)
-    excess = np.maximum(L - c, least)
-    bars = np.maximum(np.minimum(hi - c, excess - least), 0), np.full(len(L), c - lo)
-    axes.errorbar(N, excess, bars, fmt=style.marker, color=style.colour, capsize=2, lw=1)
-    axes.set_ylim(excess.min() / 5, 1.3 * (L - lo).max())
 
 
 def draw_ridge(axes, style, law):
@@ -4763,11 +4758,10 @@ def draw_ridge(axes, style, law):
     if np.isfinite(grid.rise):
         log_alpha, log_rho, S, level = grid.region
         alpha, c = np.broadcast_arrays(np.exp(log_alpha), np.exp(level + log_rho))
-        rises = allowance(grid.points, grid.S, 0.8)[0], grid.rise
-        axes.contourf(alpha, c, S, [0, grid.S + grid.rise], colors=style.colour, alpha=0.15)
-        axes.contour(alpha, c, S, [grid.S + rise for rise in rises], colors=style.colour,
-                     linestyles=["--", "-"])
-        inside = S <= grid.S + grid.rise
+        limits = [grid.S + rise for rise in (allowance(grid.points, grid.S, 0.8)[0], grid.rise)]
+        axes.contourf(alpha, c, S, [0, limits[1]], colors=style.colour, alpha=0.15)
+        axes.contour(alpha, c, S, limits, colors=style.colour, linestyles=["--", "-"])
+        inside = S <= limits[1]
         axes.set(xlim=(0, min(1.1 * alpha[inside].max(), 4 * best[0])), ylim=(0.9 * c[inside].min(), None))
     axes.plot(*best, "+", color="black", ms=10, mew=1.5)
 
@@ -4797,8 +4791,7 @@ def draw_map(axes, letter, style, runs, law):
     n, d = np.geomspace(N.min() / 2, N.max() * 4, 80), np.geomspace(D.min() / 4, D.max() * 8, 80)
     axes.plot(N, D, style.marker, color=style.colour, ms=5, label="ends of runs")
     if law["status"] in BELIEVED:
-        p = [*(np.log(law[k]["value"]) for k in "ABE"), law["alpha"]["value"], law["beta"]["value"]]
-        loss = parametric_loss(p, n, d[:, None])
+        loss = parametric_loss(surface_parameters(law), n, d[:, None])
         levels = np.geomspace(loss.min() * 1.01, loss.max(), 10)
         axes.clabel(axes.contour(n, d, loss, levels, colors="0.55", linewidths=0.8), fontsize=7, fmt="%.3g")
         per_pair = largest_of(runs)["flops_per_token"] / largest_of(runs)["n_fit"]
