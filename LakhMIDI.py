@@ -2721,9 +2721,8 @@ def similar_pairs(signatures):
 def cluster(signatures, hashes, labels=None):
     """(N,) names of the near-duplicate cluster of each of N files: the smallest content hash in it.
 
-    Files with equal hashes, equal labels or similar signatures, and what a chain of such files connects, are
-    one cluster, in any order of files. One that outgrows MAX_CLUSTER is chance: its files must be more
-    similar, at last by half.
+    Files with equal hashes, equal labels or similar signatures are one cluster, and what a chain of such
+    files connects. In one that outgrows MAX_CLUSTER by chance files must be more similar, at last by half.
     """
     unique, which, count = np.unique(np.asarray(hashes), return_inverse=True, return_counts=True)
     # Equal notes on other tracks differ in signature; the MinHash of a union is the minimum of the MinHashes.
@@ -2810,9 +2809,6 @@ class Vocab(NamedTuple):
 
     `sounds`: the header lines for voices, instruments and drums that a tune in a thousand of training has. A
     prompt with others is brought down to its melody.
-
-    That a symbol is a character is assumed here, in write_tokens, by the kinds of characters in evaluation,
-    by bits per character, and where a sampled tune is read bar by bar.
     """
     chars: tuple
     sounds: tuple = ()
@@ -2841,18 +2837,11 @@ def code_points(text):
     return np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
 
 
-def read_blocks(tunes, desc, cfg, size=2**20):
-    """Yields [(tune, text), ...] of about `size` characters: numpy on one short tune at a time is slow."""
-    block, chars = [], 0
+def read_tunes(tunes, desc, cfg):
+    """Yields (tune, text) of each of the tunes."""
     for tune in progress(tunes, desc, unit="tune"):
         with open(f"{cfg.ABC_ROOT}/{tune['abc']}", "rb") as file:  # a fraction of the time of Path.read_text
-            block.append((tune, file.read().decode("utf-8")))
-        chars += len(block[-1][1])
-        if chars > size:
-            yield block
-            block, chars = [], 0
-    if block:
-        yield block
+            yield tune, file.read().decode("utf-8")
 
 
 SOUND = re.compile(r"^(?:V:\d+|%%MIDI program \d+|%%MIDI channel 10)", re.M)  # lines of a header
@@ -2861,10 +2850,9 @@ SOUND = re.compile(r"^(?:V:\d+|%%MIDI program \d+|%%MIDI channel 10)", re.M)  # 
 def build_vocab(tunes, cfg):
     """The vocabulary of the tunes given; reads each once."""
     seen, sounds = np.zeros(sys.maxunicode + 1, bool), Counter()
-    for block in read_blocks(tunes, "vocabulary", cfg):
-        texts = "".join(text for _, text in block)
-        seen[code_points(texts)] = True
-        sounds.update(SOUND.findall(texts))
+    for _, text in read_tunes(tunes, "vocabulary", cfg):
+        seen[code_points(text)] = True
+        sounds.update(SOUND.findall(text))
     chars = "<start>", "<end>", "<unknown>", *map(chr, np.flatnonzero(seen))
     return Vocab(chars, tuple(sorted(line for line, n in sounds.items() if n >= len(tunes) / 1000)))
 
@@ -2872,17 +2860,14 @@ def build_vocab(tunes, cfg):
 def write_tokens(split, tunes, vocab, cfg):
     """Writes <split>.bin, each tune as start, characters, end; returns the tunes with their place in it."""
     table, start, placed = vocab.table(), 0, []
-    table[[0, 1]] = START, END  # control characters, of which no tune has any
     with atomic_path(cfg.tokens_root / f"{split}.bin") as partial, open(partial, "wb") as out:
-        for block in read_blocks(tunes, split, cfg):
-            ids = table[code_points("".join(f"\0{text}\1" for _, text in block))]
-            ids.tofile(out)
-            starts = np.cumsum([0, *(len(text) + 2 for _, text in block[:-1])])
-            unknown = np.add.reduceat(ids == UNKNOWN, starts, dtype=int)
-            for (tune, text), first, lost in zip(block, starts.tolist(), unknown.tolist(), strict=True):
-                placed.append({"file": tune["file"], "split": split, "group": tune["group"],
-                               "start": start + first, "chars": len(text), "unknown": lost,
-                               "notes": tune["n_notes"], "seconds": tune["seconds"]})
+        for tune, text in read_tunes(tunes, split, cfg):
+            ids = table[code_points(f"\0{text}\0")]
+            ids[[0, -1]] = START, END
+            out.write(ids.tobytes())
+            placed.append({"file": tune["file"], "split": split, "group": tune["group"], "start": start,
+                           "chars": len(text), "unknown": int((ids == UNKNOWN).sum()),
+                           "notes": tune["n_notes"], "seconds": tune["seconds"]})
             start += len(ids)
     return placed
 
