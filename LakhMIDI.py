@@ -5613,6 +5613,11 @@ def engrave(tune, midi, most=SCORE_BARS):
 
 # --- on demand: python LakhMIDI.py --sample 8 --prompt mine.mid
 
+def is_abc_text(prompt):
+    """Whether a prompt is text, if only none at all, and not the path of a file."""
+    return not prompt or bool(re.search(r"\n|\\n|^[A-Z]:[^\\/]|\|", prompt))
+
+
 def read_prompt(prompt, cfg, bars=8, vocab=None):
     """The beginning of a prompt in the notation of the models: its first `bars` whole bars, at least one less
     than it has, since a tune that has come to its close would be followed by its end.
@@ -5620,7 +5625,7 @@ def read_prompt(prompt, cfg, bars=8, vocab=None):
     `prompt` is the path of an .abc or MIDI file, which is converted, or ABC text, which is taken as it is. Of
     a file with voices or instruments that `vocab` does not know only the melody is taken.
     """
-    if not prompt or re.search(r"\n|\\n|^[A-Z]:[^\\/]|\|", prompt):
+    if is_abc_text(prompt):
         return prompt.replace("\\n", "\n")
     cfg = copy.copy(cfg)
     cfg.MIN_NOTES = 1
@@ -5668,7 +5673,7 @@ def compose(cfg, count, prompt="", valid=False, bars=8):
     need(runs, f"there is no trained model in {cfg.SAVE_DIR}; run the study first")
     best = min((row for row in runs if row["main"]), key=lambda row: row["val_loss"])
     model, vocab, _ = load(Path(cfg.SAVE_DIR, best["checkpoint"]), cfg.DEVICE)
-    name = re.sub(r"\W+", "_", Path(prompt).stem)[:40] if Path(prompt).is_file() else best["run"]
+    name = best["run"] if is_abc_text(prompt) else re.sub(r"\W+", "_", Path(prompt).stem)[:40]
     prompt = read_prompt(prompt, cfg, bars, vocab)
     home = Path(cfg.SAVE_DIR, "my_samples")
     seed = next(seed for seed in itertools.count(cfg.SEED) if not (home / f"{name}_{seed}").exists())

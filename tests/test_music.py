@@ -317,6 +317,7 @@ def test_a_prompt_may_be_text_an_abc_or_a_midi_file(tmp_path):
     (tmp_path / "other.abc").write_text("X:1\nT:A title\nM:2/4\nL:1/8\nK:G\nGABc|d2BG|ABcA|G4|]\n")
     assert study.read_prompt(str(tmp_path / "other.abc"), Cfg()).endswith("d2BG|\nABcA|\n")
     assert study.read_prompt("X:1\\nL:1/8", Cfg()) == "X:1\nL:1/8"
+    assert study.is_abc_text(TUNE * 9) and not study.is_abc_text("mine.mid") and study.is_abc_text("")
     (tmp_path / "motif.abc").write_text("X:1\nL:1/8\nM:4/4\nK:C\nCDEF|\n")
     assert len(study.read_abc(study.read_prompt(str(tmp_path / "motif.abc"), Cfg())).notes.pitch) == 4
     (tmp_path / "bad.mid").write_bytes(b"no music")
