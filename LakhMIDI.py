@@ -4602,7 +4602,8 @@ def fit(cfg):
     files = [path for name, figure in figures.items() for path in save_figure(figure, folder, name)]
 
     for name, law in laws.items():
-        say(f"  {name:12s} {law['verdict']}")
+        slopes = ", ".join(f"{slope:+.3f}" for slope in law["power_law"].get("local_slopes", ()))
+        say(f"  {name:12s} {law['verdict']}" + f" Slopes of log L by log N: {slopes}." * bool(slopes))
     for pair, key in itertools.product(comparison, ("equal_parameters", "equal_flops")):
         unit, found = ("bits per note" if bits else "nats per character"), pair[key]
         gap = found.get("bits_per_note") or found.get("nats")

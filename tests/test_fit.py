@@ -313,12 +313,12 @@ def test_every_pair_of_families_is_compared():
 
 
 def test_numbers_that_are_none_cost_no_study(tmp_path):
-    """Losses of a few tunes: rising, all noise, hardly any sizes."""
+    """Losses of a few tunes: all noise; rising, at hardly any sizes."""
     N, D, L, run = surface()
-    for bad in (L[::-1], L * noise(0.5, 15)):
-        fits = run_fit(tmp_path, table({"gpt": (N, D, bad, run), "lstm": (N[:3], D[:3], bad[:3], run[:3])}))
-        for law in fits["families"].values():
-            assert law["power_law"]["status"] in ("refused", "not_identified") and law["verdict"]
+    few = N[:9], D[:9], L[8::-1], run[:9]
+    fits = run_fit(tmp_path, table({"gpt": (N, D, L * noise(0.5, 15), run), "lstm": few}))
+    for law in fits["families"].values():
+        assert law["power_law"]["status"] in ("refused", "not_identified") and law["verdict"]
 
 
 def test_a_budget_becomes_a_plan(fitted, capsys):
