@@ -55,9 +55,8 @@ def load(archives):
             score = study.read_score(data)
         except study.Rejected:
             continue
-        notes, voices = study.score_notes(score)
-        if len(notes.pitch) >= 8:
-            works.append((corpus, label, notes, np.array([drum for _, drum in voices])[notes.voice]))
+        if len(score.notes.pitch) >= 8:
+            works.append((corpus, label, score.notes, study.are_drums(score.notes, score.voices)))
     return works
 
 

@@ -229,7 +229,7 @@ def test_shares_and_means_have_intervals():
 
 def test_a_copy_is_found_in_another_key_and_speed_with_the_place_of_the_passage(monkeypatch):
     def tune_of(seed, **change):
-        notes, voices = study.score_notes(study.read_score(make_midi(seed, **change)))
+        notes, voices, *_ = study.read_score(make_midi(seed, **change))
         return notes, study.are_drums(notes, voices)
 
     corpus = {f"{seed}.mid": study.melodic_shingles(*tune_of(seed)) for seed in range(40)}
@@ -301,7 +301,7 @@ def test_the_evaluation_of_a_study_balances(smoke):
     for tune in study.read_json(save / "best_samples" / "metadata.json"):
         assert set(tune["copy"]) == {"known", "share", "nearest", "bars", "notes"}
         files = [save / "best_samples" / f"{tune['name']}.{kind}" for kind in ("abc", "mid")]
-        heard = study.score_notes(study.read_score(files[1]))[0]
+        heard = study.read_score(files[1]).notes
         assert len(heard.pitch) == len(study.read_abc(files[0].read_text()).notes.pitch)
 
 
