@@ -1992,7 +1992,7 @@ def write_pieces(texts, tied, item, length, tuplets, unit):
 
 
 def write_lines(music, n_voices, metres, tempos, bars, unit):
-    """{(bar, voice): layers} -> text: a line for a bar, or several silent ones, of all voices.
+    """{(bar, voice): layers} -> lines, one for a bar, or several silent ones, of all voices.
 
     [M:] stands in every voice and in a layer that next sounds, [Q:] in the first voice. In abcjs a Z after a
     change of metre has the old length, so there a silent voice has a rest.
@@ -2000,16 +2000,17 @@ def write_lines(music, n_voices, metres, tempos, bars, unit):
     tags = [f"[V:{voice + 1}]" for voice in range(n_voices)] if n_voices > 1 else [""]
     lines, due, known = [], 0, {}
     now = first = "[M:{}/{}]".format(*metres[0])
-    for bar in [*sorted({bar for bar, _ in music} | metres.keys() | tempos.keys()), len(bars) - 1]:
+    last = len(bars) - 1
+    for bar in [*sorted({bar for bar, _ in music} | metres.keys() | tempos.keys()), last]:
         if bar > due:
             silence = f"Z{bar - due}|" if bar - due > 1 else "Z|"
             lines.append("".join(tag + silence for tag in tags))
-        if bar == len(bars) - 1:
+        if bar == last:
             break
         change = bar > 0 and bar in metres
         now = "[M:{}/{}]".format(*metres[bar]) if change else now
         rest = "z" + length_text(int(bars[bar + 1] - bars[bar]), unit) if change else "Z"
-        line = []
+        cells = []
         for voice, tag in enumerate(tags):
             layers = music.get((bar, voice), [rest])
             for layer in range(1, len(layers)):
@@ -2017,14 +2018,14 @@ def write_lines(music, n_voices, metres, tempos, bars, unit):
                     layers[layer] = now + layers[layer]
                 known[voice, layer] = now
             fields = now * change + tempos.get(bar, "") * (bar > 0 and voice == 0)
-            line.append(f"{tag}{fields}{'&'.join(layers)}|")
-        lines.append("".join(line))
+            cells.append(f"{tag}{fields}{'&'.join(layers)}|")
+        lines.append("".join(cells))
         due = bar + 1
     if metres[0][0] >= metres[0][1]:
-        return "\n".join(lines)
+        return lines
     # To abcjs a rest of four beats lasts a bar by the metre of the header, if that is shorter.
     semibreve, minim = (length_text(ticks, unit) for ticks in (4 * BEAT, 2 * BEAT))
-    return re.sub(rf"z{semibreve}(?![/\d])", f"z{minim}z{minim}", "\n".join(lines))
+    return [re.sub(rf"z{semibreve}(?![/\d])", f"z{minim}z{minim}", line) for line in lines]
 
 
 def program_channels(voices):
@@ -2065,10 +2066,8 @@ def write_header(voices, layers, octaves, metre, tempo, unit, key, has_chords):
 def score_to_abc(score, cfg):
     """Score -> dict(abc, n_bars, seconds). Raises Rejected."""
     notes, voices, metres, tempos = score
-    if len(notes.pitch) < max(1, cfg.MIN_NOTES):
-        raise Rejected("no_notes" if not len(notes.pitch) else "too_few_notes", f"{len(notes.pitch)}")
     time = clock(tempos)
-    check_length(notes, time)
+    check_notes(notes, time, cfg)
     bars, metres = bar_lines(metres, int(((notes.onset + notes.duration).max() + 1) * BEAT))
     if len(voices) > MAX_PARTS or len(voices) * len(bars) > MAX_CELLS:
         raise Rejected("too_many_voices", f"{len(voices)}")
@@ -2088,28 +2087,27 @@ def score_to_abc(score, cfg):
     layers = [1] * len(voices)
     for (_, voice), lines in music.items():
         layers[voice] = max(layers[voice], len(lines))
-    lines = write_header(voices, layers, octaves, metres[0], fields[0], unit, key_name,
-                         bool((chords.size > 1).any()))
-    lines.append(write_lines(music, len(voices), metres, fields, bars, 4 * BEAT // unit))
+    has_chords = bool((chords.size > 1).any())
+    lines = write_header(voices, layers, octaves, metres[0], fields[0], unit, key_name, has_chords)
+    lines += write_lines(music, len(voices), metres, fields, bars, 4 * BEAT // unit)
     abc = "\n".join(lines) + "\n"
     if len(abc) > cfg.MAX_ABC_CHARS:
         raise Rejected("too_many_chars", f"{len(abc)}")
     return {"abc": abc, "n_bars": n_bars, "seconds": float(seconds[-1])}
 
 
-def check_length(notes, time):
-    """Refuses what is too long or too dense ("black MIDI") for a text. Raises Rejected."""
+def check_notes(notes, time, cfg):
+    """Refuses what is too little, too long or too dense ("black MIDI") for a text. Raises Rejected."""
+    if len(notes.pitch) < max(1, cfg.MIN_NOTES):
+        raise Rejected("no_notes" if not len(notes.pitch) else "too_few_notes", f"{len(notes.pitch)}")
     length = float((notes.onset + notes.duration).max())
     if length > MAX_BEATS:
         raise Rejected("too_long", f"{length:.0f} beats")
-    if density(notes.onset) > 60 and density(np.interp(notes.onset, *time)) > 120:
+    # the mean number of notes in the beats, and seconds, in which any begin
+    by_beat, by_second = (np.bincount(times.astype(int)) for times in (
+        notes.onset, np.interp(notes.onset, *time)))
+    if by_beat[by_beat > 0].mean() > 60 and by_second[by_second > 0].mean() > 120:
         raise Rejected("too_dense")
-
-
-def density(times):
-    """Mean number of notes in the beats, or seconds, in which any begin."""
-    counts = np.bincount(times.astype(int))
-    return counts[counts > 0].mean()
 
 
 def midi_to_abc(source, cfg):
@@ -2131,15 +2129,15 @@ def shorten_lines(text):
 
 def complete_lines(text):
     """Puts back what shorten_lines left out, so that each line has all voices; the rest stays."""
-    names = re.findall(r"^V:(\w+)", text, re.M)
+    tags = [f"[V:{name}]" for name in re.findall(r"^V:(\w+)", text, re.M)]
 
     def complete(line):
         cells = re.split(r"(?=\[V:)", line[0])[1:]
         silence = re.search(r"\](Z\d*\|)$", cells[0])
-        there = {re.match(r"\[V:(\w*)", cell)[1] for cell in cells}
-        cells += [f"[V:{name}]{silence[1] if silence else 'Z|'}" for name in names if name not in there]
-        order = {f"[V:{name}]": i for i, name in enumerate(names)}
-        return "".join(sorted(cells, key=lambda cell: order.get(cell[:cell.find("]") + 1], len(names))))
+        there = {re.match(r"\[V:\w*", cell)[0] + "]" for cell in cells}
+        cells += [tag + (silence[1] if silence else "Z|") for tag in tags if tag not in there]
+        order = {tag: i for i, tag in enumerate(tags)}
+        return "".join(sorted(cells, key=lambda cell: order.get(cell[:cell.find("]") + 1], len(tags))))
     return re.sub(r"^\[V:.*", complete, text, flags=re.M)
 
 
@@ -2196,11 +2194,8 @@ class Reader:
     def fork(self):
         """A reader in the same state that has found nothing yet, for trying what a line would do."""
         twin = copy.copy(self)
-        twin.voices = {name: copy.copy(voice) for name, voice in self.voices.items()}
-        twin.ties = {place: (end, [[*row] for row in rows], fault)
-                     for place, (end, rows, fault) in self.ties.items()}
         twin.rows, twin.faults, twin.tempos, twin.metres = [], [], [], []
-        return twin
+        return copy.deepcopy(twin)
 
     @property
     def voice(self):
