@@ -1471,16 +1471,16 @@ def read_track(track, events, metas):
 
     Returns False if the track is damaged or ends within an event.
     """
-    at = tick = status = 0
+    at = tick = status = running = 0
     try:
         while at < len(track):
             delta, at = track[at], at + 1
             if delta > 127:
                 delta, at = read_number(track, at - 1)
             tick += delta
-            running, byte = status, track[at]
+            byte = track[at]
             if byte > 127:
-                status, at = byte, at + 1
+                running, status, at = status, byte, at + 1
                 byte = track[at]
             if 0x80 <= status < 0xC0 or 0xE0 <= status < 0xF0:
                 events += tick, status, byte, track[at + 1]
@@ -1579,10 +1579,10 @@ def note_ends(group, tick, strike, ticks_per_beat):
 
 def merge_duplicates(notes):
     """Notes sorted by voice, pitch and onset; of equal ones (a ninth of web files) the longest."""
-    order = np.lexsort((-notes.duration, notes.onset, notes.voice * 128 + notes.pitch))
-    notes = Notes(*(column[order] for column in notes))
-    first = run_starts(notes.voice * 128 + notes.pitch, notes.onset)
-    return Notes(*(column[first] for column in notes))
+    order = np.lexsort((notes.onset, notes.voice * 128 + notes.pitch))
+    voice, onset, duration, pitch = (column[order] for column in notes)
+    first = np.flatnonzero(run_starts(voice * 128 + pitch, onset))
+    return Notes(voice[first], onset[first], np.maximum.reduceat(duration, first), pitch[first])
 
 
 def run_starts(*columns):
@@ -1769,7 +1769,11 @@ def find_chords(notes, most):
     """
     voice, pitch, start, end = notes
     span = int(end.max()) + 1
-    packed, chord = np.unique((voice * span + start) * span + end, return_inverse=True)
+    packed = (voice * span + start) * span + end
+    order = stable_order(packed)
+    packed, pitches = packed[order], pitch[order]
+    new = run_starts(packed)
+    chord, packed = np.cumsum(new) - 1, packed[new]
     begin, end = np.divmod(packed, span)
     voice, start = np.divmod(begin, span)
     keep = np.arange(len(begin)) - np.searchsorted(begin, begin) < most[voice]
@@ -1777,7 +1781,8 @@ def find_chords(notes, most):
     voice, start, end = voice[keep], start[keep], end[keep]
     layer, end = assign_layers(voice * span + start, voice * span + end, most[voice])
     size = np.bincount(chord)
-    pitches = pitch[stable_order(chord * 128 + pitch)]
+    if not keep.all():
+        pitches = pitches[stable_order(chord * 128 + pitches)]
     return Chords(voice, layer, start, end - voice * span, np.cumsum(size) - size, size, pitches)
 
 
@@ -2025,7 +2030,8 @@ def write_lines(music, n_voices, metres, tempos, bars, unit):
         return lines
     # To abcjs a rest of four beats lasts a bar by the metre of the header, if that is shorter.
     semibreve, minim = (length_text(ticks, unit) for ticks in (4 * BEAT, 2 * BEAT))
-    return [re.sub(rf"z{semibreve}(?![/\d])", f"z{minim}z{minim}", line) for line in lines]
+    pattern = re.compile(rf"z{semibreve}(?![/\d])")
+    return [pattern.sub(f"z{minim}z{minim}", line) for line in lines]
 
 
 def program_channels(voices):
@@ -2103,11 +2109,14 @@ def check_notes(notes, time, cfg):
     length = float((notes.onset + notes.duration).max())
     if length > MAX_BEATS:
         raise Rejected("too_long", f"{length:.0f} beats")
-    # the mean number of notes in the beats, and seconds, in which any begin
-    by_beat, by_second = (np.bincount(times.astype(int)) for times in (
-        notes.onset, np.interp(notes.onset, *time)))
-    if by_beat[by_beat > 0].mean() > 60 and by_second[by_second > 0].mean() > 120:
+    if density(notes.onset) > 60 and density(np.interp(notes.onset, *time)) > 120:
         raise Rejected("too_dense")
+
+
+def density(times):
+    """Mean number of notes in the beats, or seconds, in which any begin."""
+    counts = np.bincount(times.astype(int))
+    return counts[counts > 0].mean()
 
 
 def midi_to_abc(source, cfg):
@@ -2306,7 +2315,8 @@ class Reader:
 
     def add(self, voice, text, beats, tie):
         """A chord, note or rest of so many beats; what hangs over the bar line is cut off."""
-        self.fault("open_bracket", text[0] == "[" and text[-1] != "]")
+        if text[0] == "[" and text[-1] != "]":
+            self.fault("open_bracket")
         now, layer = voice.now, (voice.index, voice.layer)
         end = min(now + beats, voice.start + voice.metre)
         pitches = chord_pitches(text, self.sharps, voice.octave)
