@@ -15,20 +15,8 @@ import LakhMIDI as study
 HOSTILE = "</pre><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
 BARS = "DEFGABcd|\ndcBAGFED|\n"
 SCALE = "X:1\nL:1/8\nM:4/4\nQ:1/4=120\nK:D\n" + BARS
-DUET = """X:1
-L:1/4
-M:3/4
-Q:1/4=120
-K:Bb
-V:1
-%%MIDI program 40
-V:2
-%%MIDI program 32
-V:3
-%%MIDI channel 10
-[V:1]Bcd|[V:2]B,3|[V:3]CCC|
-[V:1]edc|[V:2]F,3|[V:3]CCC|
-"""
+VOICES = "V:1\n%%MIDI program 40\nV:2\n%%MIDI program 32\nV:3\n%%MIDI channel 10\n"
+DUET = f"X:1\nL:1/4\nM:3/4\nQ:1/4=120\nK:Bb\n{VOICES}" + "[V:1]Bcd|[V:2]B,3|[V:3]CCC|\n" * 2
 
 
 class Page(HTMLParser):
@@ -62,21 +50,18 @@ def render(cfg):
 def spoil(cfg):
     """Puts hostile text wherever names and texts of other people come in."""
     save = Path(cfg.SAVE_DIR)
-    results, evaluation, tunes = (
-        study.read_json(save / name)
-        for name in ("scaling_results.json", "evaluation.json", "best_samples/metadata.json")
-    )
+    names = "scaling_results.json", "evaluation.json", "best_samples/metadata.json"
+    results, evaluation, tunes = files = [study.read_json(save / name) for name in names]
     results["corpus"] = HOSTILE
     evaluation["music"][0]["reasons"] = {HOSTILE: 1}
     tunes[0]["copy"] = {"nearest": HOSTILE, "share": 0.5, "bars": [1, 2], "notes": 20}
-    study.write_json(save / "scaling_results.json", results)
-    study.write_json(save / "evaluation.json", evaluation)
-    study.write_json(save / "best_samples" / "metadata.json", tunes)
+    for name, data in zip(names, files, strict=True):
+        study.write_json(save / name, data)
     for path in (save / "best_samples").glob("*.abc"):
         path.write_text(f"T:{HOSTILE}\n" + path.read_text("utf-8"), encoding="utf-8")
 
 
-def test_the_page_holds_every_network_table_and_tune_and_is_small(smoke):
+def test_the_page_holds_every_network_table_and_tune_is_small_and_asks_for_nothing(smoke):
     path = Path(smoke.SAVE_DIR, "report.html")
     page = Page(path.read_text("utf-8"))
     for row in study.read_json(Path(smoke.SAVE_DIR, "evaluation.json"))["models"]:
@@ -88,14 +73,10 @@ def test_the_page_holds_every_network_table_and_tune_and_is_small(smoke):
     assert downloads >= {tune["name"] + kind for tune in tunes for kind in (".abc", ".mid")}
     assert not re.search(r"\bnan\b", page.text)
     assert not any(text in page.text for text in ("None", "Undefined", "gpt_", "lstm_"))
-    assert path.stat().st_size < 8_000_000
-
-
-def test_the_page_asks_for_nothing_from_elsewhere(smoke):
-    page = Page(Path(smoke.SAVE_DIR, "report.html").read_text("utf-8"))
-    names = ("src", "href", "srcset", "poster", "data")
+    names = "src", "href", "srcset", "poster", "data"
     addresses = [value for name, value in page.attributes if name in names]
     assert len(addresses) > 10 and all(address.startswith("data:") for address in addresses)
+    assert path.stat().st_size < 8_000_000
 
 
 def test_hostile_text_stays_text(copied):
