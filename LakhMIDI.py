@@ -6152,7 +6152,7 @@ def about_run(results, cfg):
     git = ["git", "describe", "--always", "--exclude=*", "--dirty=, with changes"]
     commit = "not known"
     if shutil.which("git"):
-        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+        found = subprocess.run(git, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
         commit = found.stdout.strip() or commit
     manifests = [*cfg.DATA_ROOT.glob("manifests/*.json"), *cfg.SAVE_DIR.glob("manifests/*.json")]
     seconds = sum(read_json(path).get("seconds", 0) for path in manifests)

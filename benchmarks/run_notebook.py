@@ -24,22 +24,36 @@ def plain(text):
     return re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", "\n".join(lines))
 
 
+def merged(outputs):
+    """Neighbouring pieces of printed text as one, without what bars have overwritten."""
+    kept = []
+    for output in outputs:
+        if output.output_type == "stream" and kept and kept[-1].get("name") == output.name:
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    for output in kept:
+        if output.output_type == "stream":
+            output.text = plain(output.text)
+    return [output for output in kept if output.get("text") != ""]
+
+
 def main(folder):
     notebook = nbformat.read(NOTEBOOK, 4)
     sources = [cell.source for cell in notebook.cells]
     for cell in notebook.cells:
         cell.source = cell.source.replace('DATASET="thesession", ', "")
     os.environ["PYTHONPATH"] = str(NOTEBOOK.parent)
-    Path(folder, "LakhMIDI.py").symlink_to(NOTEBOOK.parent / "LakhMIDI.py")
-    Path(folder, "requirements.txt").symlink_to(NOTEBOOK.parent / "requirements.txt")
+    for name in ("LakhMIDI.py", "requirements.txt"):
+        Path(folder, name).unlink(missing_ok=True)
+        Path(folder, name).symlink_to(NOTEBOOK.parent / name)
     nbclient.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": folder}}).execute()
 
     for cell, source in zip(notebook.cells, sources, strict=True):
         cell.source = source
         cell.metadata.pop("execution", None)
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream":
-                output.text = plain(output.text)
+        if cell.cell_type == "code":
+            cell.outputs = merged(cell.outputs)
     notebook.metadata.pop("widgets", None)
     nbformat.write(notebook, NOTEBOOK)
     print(f"{NOTEBOOK.name}: {NOTEBOOK.stat().st_size:,} bytes; data and runs are in {folder}")
