@@ -454,7 +454,7 @@ def read_jsonl(path):
 
 
 def write_jsonl(path, rows):
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, default=json_default) + "\n" for row in rows))
 
 
 def digest(data):

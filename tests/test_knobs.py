@@ -134,3 +134,8 @@ def test_importing_leaves_no_trace(tmp_path):
     )
     assert done.stdout == done.stderr == ""
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and "matplotlib" not in str(p)]
+
+
+def test_rows_of_numpy_numbers_are_written_as_json(tmp_path):
+    LakhMIDI.write_jsonl(tmp_path / "rows.jsonl", [{"bar": np.int64(3), "share": np.float32(0.5)}])
+    assert list(LakhMIDI.read_jsonl(tmp_path / "rows.jsonl")) == [{"bar": 3, "share": 0.5}]
