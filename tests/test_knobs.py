@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from LakhMIDI import STUDIES, Cfg, UserError, knob_help, knob_names, main
+from LakhMIDI import STUDIES, Cfg, UserError, knob_help, knob_names, main, read_jsonl, write_jsonl
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,5 +138,5 @@ def test_importing_leaves_no_trace(tmp_path):
 
 
 def test_rows_of_numpy_numbers_are_written_as_json(tmp_path):
-    LakhMIDI.write_jsonl(tmp_path / "rows.jsonl", [{"bar": np.int64(3), "share": np.float32(0.5)}])
-    assert list(LakhMIDI.read_jsonl(tmp_path / "rows.jsonl")) == [{"bar": 3, "share": 0.5}]
+    write_jsonl(tmp_path / "rows.jsonl", [{"bar": np.int64(3), "share": np.float32(0.5)}])
+    assert list(read_jsonl(tmp_path / "rows.jsonl")) == [{"bar": 3, "share": 0.5}]
