@@ -68,8 +68,7 @@ def test_only_what_is_missing_is_installed_and_never_torch_or_numpy(notebook, tm
 
 def test_stored_outputs_are_of_a_run_without_errors_and_small(notebook):
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
-    if not outputs:
-        pytest.skip("no run is stored: benchmarks/run_notebook.py")
+    assert outputs, "store a run: benchmarks/run_notebook.py"
     assert not {output.output_type for output in outputs} & {"error"}
     assert not [output for output in outputs if output.get("name") == "stderr"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
