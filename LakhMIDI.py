@@ -757,7 +757,12 @@ def source_id(cfg):
     if cfg.DATASET == "thesession":
         return {"dump": THESESSION_URL}
     if path is None:
-        return {package: importlib.metadata.version(package) for package in ("music21", "symusic")}
+        try:
+            return {package: importlib.metadata.version(package) for package in ("music21", "symusic")}
+        except importlib.metadata.PackageNotFoundError as error:  # as on a machine that only trains
+            index = read_json(cfg.DATA_ROOT / "midi_index.json", {})
+            need("source" in index, f"{error.name} is missing, which brings {FOLK}: install requirements.txt")
+            return index["source"]
     if not path.exists():
         say(f"note      {path} is gone: whether it is what was read from it can't be checked any more")
         return read_json(cfg.DATA_ROOT / "midi_index.json")["source"]

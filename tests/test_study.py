@@ -296,3 +296,14 @@ def test_what_has_no_shares_is_done_by_one_rank(smoke, flags, monkeypatch, capsy
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main([*flags, "--SAVE_DIR", str(smoke.SAVE_DIR)]) == 0
     assert "done by the process of rank 0" in capsys.readouterr().out
+
+
+def test_without_music21_the_bundled_tunes_are_what_was_read(tmp_path, monkeypatch):
+    def missing(package):
+        raise study.importlib.metadata.PackageNotFoundError(package)
+    monkeypatch.setattr(study.importlib.metadata, "version", missing)
+    cfg = study.Cfg(DATA_ROOT=tmp_path)
+    with pytest.raises(study.UserError, match="music21 is missing"):
+        study.source_id(cfg)
+    study.write_json(tmp_path / "midi_index.json", {"source": {"music21": "10.5.1"}})
+    assert study.source_id(cfg) == {"music21": "10.5.1"}
