@@ -97,6 +97,7 @@ from scipy import optimize, stats
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from tqdm import tqdm
 
 try:  # sound and scores, for which Linux on ARM has no wheels
@@ -194,7 +195,7 @@ class Cfg(metaclass=KnobType):
     TRAIN_TOKENS_TARGET = 0  # training characters per model; 0 = the study's
     BATCH_TOKENS = 0  # characters per optimiser step; 0 = the study's
     SEQ_LEN = 0  # characters per window; 0 = the study's
-    BUDGETS = (0.25, 0.5, 1.0)  # shares of TRAIN_TOKENS_TARGET at which the decayed loss is also measured
+    BUDGETS = (0.125, 0.25, 0.5, 1.0)  # shares of TRAIN_TOKENS_TARGET at which the loss is measured
     SEEDS = 1  # trainings per model, with seeds SEED, SEED + 1, ...
     SEED = 1337  # everything random follows from it
     # --- optimiser
@@ -203,8 +204,7 @@ class Cfg(metaclass=KnobType):
     BETAS = (0.9, 0.95)  # of AdamW
     WEIGHT_DECAY = 0.1  # decoupled, on the weight matrices
     CLIP_NORM = 1.0  # gradients are scaled down to this L2 norm
-    WARMUP_FRAC = 0.02  # share of the steps in which the learning rate rises
-    DECAY_FRAC = 0.2  # share of the steps in which it falls to zero
+    WARMUP_FRAC = 0.02  # share of the steps in which the learning rate rises; then it is constant
     # --- machine
     DEVICE = "auto"  # cpu | cuda | auto; several GPUs: torchrun --nproc_per_node=4 LakhMIDI.py
     COMPILE = True  # torch.compile on CUDA
@@ -274,11 +274,6 @@ class Cfg(metaclass=KnobType):
         return self.BATCH_TOKENS // self.SEQ_LEN
 
     @property
-    def steps(self):
-        """Optimiser steps of a full-budget run."""
-        return max(1, self.TRAIN_TOKENS_TARGET // self.BATCH_TOKENS)
-
-    @property
     def tokens_root(self):
         return Path(self.DATA_ROOT, "tokens")
 
@@ -307,10 +302,10 @@ class Cfg(metaclass=KnobType):
         need(self.BUDGETS and all(isinstance(b, (int, float)) and 0 < b <= 1 for b in self.BUDGETS)
              and max(self.BUDGETS) == 1,
              "BUDGETS are shares of the training tokens in (0, 1], the largest of them 1")
+        need(all(low <= (1 - AVERAGED) * high for low, high in itertools.pairwise(sorted(set(self.BUDGETS)))),
+             f"each of BUDGETS must be at least {1 / (1 - AVERAGED):g} times the one before")
         need(len(self.BETAS) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.BETAS),
              "BETAS are two numbers in [0, 1)")
-        need(0 < self.DECAY_FRAC <= 1 and self.WARMUP_FRAC + self.DECAY_FRAC <= 1,
-             "DECAY_FRAC must be above 0, and WARMUP_FRAC + DECAY_FRAC at most 1")
         names = Counter(size.name for size in self.MODELS)
         need(max(names.values()) == 1, "MODELS holds the same model twice")
         for size in self.MODELS:
@@ -3158,9 +3153,10 @@ def count_params(model):
 # 2.46 nats where this one reaches 1.29, an LSTM 2.12 and 1.25. Hence Muon for the matrices of both families,
 # and rates checked per family: none half or twice as large is more than .14 % better.
 #
-# One trunk at a constant rate serves all token budgets: where the decay of a budget begins, the trunk is
-# saved, the decay is trained and measured, and the trunk goes on. That costs 15 % more steps than the largest
-# budget alone, where separate runs would cost 75 %. Only decayed ends are results.
+# The rate stays constant after its warm-up, and the result of a budget of D characters is the mean of the
+# weights over the last fifth of the steps before it (torch's swa_utils; arXiv 2602.03702): one run gives a
+# result for every budget. The usual cool-down needs a branch for each, 15 % more steps, and was no better in
+# 24 of 24 comparisons of two families, several sizes and three budgets (benchmarks/LOG.md).
 #
 # What an interrupted run needs to go on is written every SAVE_EVERY_S; it goes on to the same bits on a CPU
 # (on a GPU to the same losses but for rounding). Each run has a folder named by all that it depends on: with
@@ -3238,58 +3234,123 @@ def make_optimizers(model, cfg):
     return [muon, adam]
 
 
-def stretches(cfg):
-    """The parts of a run in steps: [(first, last, end of the decay or 0 on the trunk)]."""
-    parts, trunk = [], 0
-    for end in sorted({max(1, round(share * cfg.steps)) for share in cfg.BUDGETS}):
-        fork = end - decay_steps(end, cfg)
-        parts += [(trunk, fork, 0), (fork, end, end)]
-        trunk = fork
-    return parts
+def lr_scale(step, steps, cfg):
+    """The share of the peak rate in `step` (from 1): it rises to 1 and stays there."""
+    return min(1.0, step / max(1, round(cfg.WARMUP_FRAC * steps)))
 
 
-def decay_steps(end, cfg):
-    return max(1, round(cfg.DECAY_FRAC * end))
+# --- windows that know their tune
+
+# The place of a window in a stream of tunes, 16 bytes.
+WINDOW = np.dtype([("begin", "<i8"),  # where its lines begin
+                   ("back", "<u4"),  # characters from the tune's start to there
+                   ("head", "<u2"),  # characters copied from the tune's start
+                   ("length", "<u2")])  # characters from `begin` on
 
 
-def lr_scale(step, end, cfg):
-    """The share of the peak rate in `step` (from 1): warm-up, stable, if `end` a fall as 1 - sqrt.
+class Windows:
+    """A stream of whole tunes as windows of T characters, in training, in every loss, and in sampling.
 
-    Hagele et al. 2024, https://arxiv.org/abs/2405.18392. The warm-up is that of the full budget, so that all
-    branches leave one and the same trunk.
+    A window is the start and the header of the tune in which it begins (a copy, at most 3/8 of the window),
+    then whole lines from a line's start. Tunes that fit into a window are packed one after the other; a
+    longer one begins a window of its own. The next window begins at the last line start before the end of
+    this one. Copies and repeated lines are seen and not counted: every character but the start of a tune is
+    counted once a pass. Windows that began anywhere left music of several voices without its header: of 50
+    tunes that a model of web files wrote, 43 had none. Those that began within a line were worse still.
     """
-    rising = min(1.0, step / max(1, round(cfg.WARMUP_FRAC * cfg.steps)))
-    falling = (step - end + decay_steps(end, cfg)) / (decay_steps(end, cfg) + 1) if end else 0.0
-    return rising * (1 - max(0.0, falling) ** 0.5)
+
+    def __init__(self, tokens, vocab, seq_len):
+        self.tokens, self.seq_len = tokens, seq_len
+        self.plan = plan_windows(tokens, vocab, seq_len)
+        self.counted = len(tokens) - len(places_of(START, tokens))
+        self.share = self.counted / (len(self.plan) * seq_len)  # counted characters of those a model sees
+
+    def __len__(self):
+        return len(self.plan)
+
+    def places(self, chosen):
+        """Of some windows, (B, T + 1) each: the place in the stream of each character, -1 behind the end of
+        the window, and whether it is counted there."""
+        row, place = self.plan[chosen], np.arange(self.seq_len + 1)
+        before = self.plan[np.maximum(chosen - 1, 0)]
+        seen = np.where(chosen > 0, before["begin"] + before["length"] - row["begin"], 0)
+
+        body = place - row["head"].astype(np.int64)[:, None]  # place among the characters from `begin` on
+        start = row["begin"] - row["back"]
+        source = np.where(body < 0, start[:, None] + place, row["begin"][:, None] + body)
+        source[body >= row["length"][:, None]] = -1
+        return source, (source >= 0) & (body >= np.maximum(seen, 0)[:, None])
+
+    def read(self, chosen, device):
+        """(B, 2, T) int64 on its way to `device`: characters, and those that follow, -100 if not counted."""
+        source, counted = self.places(chosen)
+        ids = np.where(source < 0, END, self.tokens[source]).astype(np.int64)
+        targets = np.where(counted & (ids != START), ids, -100)
+        pair = torch.from_numpy(np.stack([ids[:, :-1], targets[:, 1:]], axis=1))
+        if torch.device(device).type == "cuda":
+            pair = pair.pin_memory()  # or the copy would wait until the GPU has done all before it
+        return pair.to(device, non_blocking=True)
+
+    def chosen(self, step, batch, seed):
+        """The windows of one step (from 0): a function of (seed, step). Every pass shuffles them anew."""
+        passes, place = np.divmod(np.arange(step * batch, (step + 1) * batch), len(self))
+        orders = {number: window_order(len(self), seed, number) for number in set(passes.tolist())}
+        return np.array([orders[number][i] for number, i in zip(passes.tolist(), place, strict=True)])
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(n_windows, seed, epoch):
-    """The order of the windows in one pass over the data, and the shift of their grid in windows."""
-    rng = np.random.default_rng([seed, epoch])
-    return rng.permutation(n_windows), rng.random()
+def window_order(n_windows, seed, number):
+    """The order of the windows in one pass over the data."""
+    return np.random.default_rng([seed, number]).permutation(n_windows)
 
 
-def batch_starts(n_tokens, seq_len, batch, step, seed):
-    """First characters of the windows of one step (from 0): a function of (seed, step) and nothing else.
+def plan_windows(tokens, vocab, seq_len):
+    """The windows of a stream of whole tunes, in order: an array of WINDOW.
 
-    Every pass over the data visits each window once, on a grid shifted anew.
+    Stretches of the stream that don't depend on each other are planned side by side, a window of each at a
+    time. A line of half a window is cut.
     """
-    n_windows = (n_tokens - seq_len) // seq_len
-    epoch, place = np.divmod(np.arange(step * batch, (step + 1) * batch), n_windows)
-    starts = np.empty(batch, np.int64)
-    for e in np.unique(epoch):
-        order, shift = epoch_order(n_windows, seed, int(e))
-        starts[epoch == e] = order[place[epoch == e]] * seq_len + int(shift * seq_len)
-    return starts
+    starts = places_of(START, tokens)
+    sizes = np.diff(starts, append=len(tokens))
+    lines = np.append(-1, lines_of_music(tokens, vocab))
+    music = np.append(lines, len(tokens))[np.searchsorted(lines, starts)]  # where a tune's header ends
+    heads = np.minimum(music - starts, np.minimum(sizes, 3 * seq_len // 8))
+
+    # 1. A stretch begins with a tune longer than a window, and among short ones every 64 windows or so
+    part = np.cumsum(sizes) // (64 * seq_len)
+    tune = np.flatnonzero((sizes > seq_len + 1) | (np.diff(part, prepend=-1) > 0))
+    begin, head, end = starts[tune], np.zeros(len(tune), np.int64), np.append(starts[tune][1:], len(tokens))
+    found = []
+    while len(begin):
+        # 2. One more window of each stretch
+        stop = np.minimum(begin + seq_len + 1 - head, end)
+        found.append(np.rec.fromarrays([begin, begin - starts[tune], head, stop - begin], WINDOW))
+
+        # 3. The next one begins at a line's start; in a header at the tune's start, to hold it whole
+        more = stop < end
+        last, stop, end = begin[more], stop[more], end[more]
+        tune = np.searchsorted(starts, stop, "right") - 1
+        line = lines[np.searchsorted(lines, stop, "right") - 1]
+        begin = np.where(line > stop - seq_len // 2, line, stop - seq_len // 4)
+        in_header = (begin <= music[tune]) & (starts[tune] > last)
+        begin, head = np.where(in_header, starts[tune], begin), np.where(in_header, 0, heads[tune])
+    plan = np.concatenate(found)
+    return plan[np.argsort(plan["begin"], kind="stable")]
 
 
-def windows(tokens, starts, length, device):
-    """(len(starts), length) int64 from a memory map, on its way to `device`."""
-    chunk = torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
-    if torch.device(device).type == "cuda":
-        chunk = chunk.pin_memory()  # or the copy would wait until the GPU has done all before it
-    return chunk.to(device, non_blocking=True)
+def places_of(symbol, tokens, piece=2**22):
+    """Where a symbol stands, in order; piece by piece, to spare memory."""
+    found = [np.flatnonzero(tokens[i:i + piece] == symbol) + i for i in range(0, len(tokens), piece)]
+    return np.concatenate(found)
+
+
+def lines_of_music(tokens, vocab):
+    """Where the lines begin that are no field of a header and no comment, in order."""
+    newline, percent, colon = vocab.encode("\n%:")
+    letter = np.array([len(char) == 1 and char.isalpha() for char in vocab.chars])
+    lines = places_of(newline, tokens[:-2]) + 1
+    first, second = tokens[lines], tokens[lines + 1]
+    return lines[~((letter[first] & (second == colon)) | (first == percent) | (first == END))]
 
 
 def amp_dtype(recurrent, cfg):
@@ -3310,33 +3371,36 @@ EVAL_BATCH = 16_384  # characters per forward pass of an evaluation, whatever th
 
 
 @torch.no_grad()
-def token_losses(model, tokens, cfg):
-    """The loss in nats of every character but the first: (n,) -> (n - 1,) float32, in order.
+def token_losses(model, windows, cfg):
+    """The loss in nats of every character, and its place in its window: (n,) float32, (n,) for n tokens.
 
-    Windows of seq_len characters side by side, each predicted from its own beginning on: GPT and LSTM see the
-    same context. float32 on a CPU, the type of the training on CUDA.
+    Not a number for the start of a tune, which is not counted. float32 on a CPU, the type of the training on
+    CUDA.
     """
-    T, n = model.seq_len, len(tokens) - 1
-    device = next(model.parameters()).device
+    device, batch = next(model.parameters()).device, max(1, EVAL_BATCH // windows.seq_len)
     precision = autocast(model, cfg) if device.type == "cuda" else contextlib.nullcontext()
-    padded = np.concatenate([tokens, np.zeros(-n % T, tokens.dtype)])
-    losses, batch = [], max(1, EVAL_BATCH // T)
+    losses = np.full(len(windows.tokens), np.nan, np.float32)
+    place = np.zeros(len(windows.tokens), np.int64)
     model.eval()
-    for i in range(0, n, batch * T):
-        chunk = windows(padded, np.arange(i, min(i + batch * T, n), T), T + 1, device)
+    for chosen in np.array_split(np.arange(len(windows)), -(-len(windows) // batch)):
+        ids, targets = windows.read(chosen, device).unbind(1)
         with precision:
-            logits = model(chunk[:, :-1])[0]
-        loss = F.cross_entropy(logits.float().flatten(0, 1), chunk[:, 1:].flatten(), reduction="none")
-        losses.append(loss.cpu())
+            logits = model(ids)[0]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        counted = (targets >= 0).cpu().numpy()
+        source = windows.places(chosen)[0][:, 1:][counted]
+        losses[source] = loss.view(targets.shape).cpu().numpy()[counted]
+        place[source] = np.nonzero(counted)[1]
     model.train()
-    return torch.cat(losses).numpy()[:n]
+    return losses, place
 
 
 def mean_loss(losses, tokens):
     """(mean loss per character, its standard error over tunes, the independent pieces of evidence)."""
-    tune = np.cumsum(tokens[:-1] == END)  # losses are those of tokens[1:]: the end token belongs to its tune
-    total, count = np.bincount(tune, losses), np.bincount(tune)
-    mean = float(losses.mean(dtype=np.float64))
+    counted, tune = np.isfinite(losses), np.cumsum(tokens == START)
+    total, count = np.bincount(tune[counted], losses[counted]), np.bincount(tune[counted])
+    total, count = total[count > 0], count[count > 0]
+    mean = float(total.sum() / count.sum())
     spread = ((total - mean * count) ** 2).sum() * len(count) / max(1, len(count) - 1)
     return mean, float(spread**0.5 / count.sum()) if len(count) > 1 else None
 
@@ -3353,7 +3417,7 @@ class Run(NamedTuple):
 
     def path(self, kind, cfg):
         """kind: "model.pt" (the finished one), "record.json" (its results), "prediction.json", "log.jsonl";
-        in training "resume.pt" and "trunk.pt"."""
+        in training "resume.pt"."""
         return Path(cfg.SAVE_DIR, "runs", f"{self.name}-{self.recipe}", kind)
 
 
@@ -3377,16 +3441,15 @@ class Diverged(RuntimeError):
 
 
 class Training:
-    """A model in training. Its weights and what `owned` and `kept` name are in a checkpoint."""
+    """A model in training: its weights, their mean, and what `owned` names are in its checkpoint."""
+    owned = ("step", "losses", "curve", "rows", "seconds")
 
-    owned = ("step", "losses", "curve")  # these go back to the trunk with the weights
-    kept = ("part", "rows", "steps_run", "seconds")  # these don't: a branch was trained all the same
-
-    def __init__(self, run, vocab_size, cfg):
-        self.run, self.cfg = run, cfg
+    def __init__(self, run, vocab_size, share, cfg):
+        self.run, self.cfg, self.counted = run, cfg, cfg.BATCH_TOKENS * share
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             self.model = build_model(run.size, vocab_size, cfg).to(cfg.DEVICE)
+        self.average = AveragedModel(self.model, multi_avg_fn=get_swa_multi_avg_fn())
         self.optimizers = make_optimizers(self.model, cfg)
         half = amp_dtype(self.model.recurrent, cfg) == torch.float16
         self.scaler = torch.amp.GradScaler(cfg.DEVICE, enabled=half, growth_interval=100)
@@ -3397,36 +3460,37 @@ class Training:
         if self.compiled:
             torch.compiler.reset()  # its cache is of the code: another size would be a change of shapes
             self.loss_of = torch.compile(self.plain_loss, dynamic=False)
-        self.step = self.part = 0  # of the run, of stretches()
+        self.step, self.seconds = 0, 0.0
         self.losses = []  # of every step so far; not a number where the step was skipped
         self.curve = {"tokens": [], "train_loss": [], "lr": [], "tokens_per_s": []}
         self.rows = []  # one result for each budget that is done
-        self.steps_run, self.seconds = 0, 0.0  # those of all branches
 
     def plain_loss(self, windows_now):
-        """Sum of the losses of windows (B, T + 1): each character from those before it."""
-        logits = self.model(windows_now[:, :-1])[0]
-        return F.cross_entropy(logits.float().flatten(0, 1), windows_now[:, 1:].flatten(), reduction="sum")
+        """Sum of the losses of the counted characters of (B, 2, T), as Windows.read gives them."""
+        ids, targets = windows_now.unbind(1)
+        logits = self.model(ids)[0]
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
-    def save(self, kind):
+    def save(self):
         """Writes a checkpoint, but never one of weights that are no numbers over one that is of use."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise Diverged(f"{self.run.name} diverged: a weight is no number; lower LR or LR_ADAM")
-        names = self.owned + (self.kept if kind == "resume.pt" else ())
-        write_checkpoint(self.run.path(kind, self.cfg), {
-            "model": own_weights(self.model), "scaler": self.scaler.state_dict(), "device": self.cfg.DEVICE,
+        write_checkpoint(self.run.path("resume.pt", self.cfg), {
+            "model": own_weights(self.model), "average": own_weights(self.average),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "values": {name: getattr(self, name) for name in names}})
+            "scaler": self.scaler.state_dict(), "device": self.cfg.DEVICE,
+            "values": {name: getattr(self, name) for name in self.owned}})
 
-    def restore(self, kind):
-        """Goes back to a checkpoint of this run; False where there is none."""
-        path = self.run.path(kind, self.cfg)
+    def restore(self):
+        """Goes on from the checkpoint of this run; False where there is none."""
+        path = self.run.path("resume.pt", self.cfg)
         if not path.exists():
             return False
         state = load_checkpoint(path)
         need(state["device"] == self.cfg.DEVICE, f"{self.run.name} is half trained on {state['device']}: "
              f"go on with --DEVICE {state['device']}, or delete {path.parent}")
         self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
         if state["scaler"]:  # empty if it comes from a GPU that has bfloat16
             self.scaler.load_state_dict(state["scaler"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -3435,7 +3499,7 @@ class Training:
         return True
 
     def gradients(self, batch):
-        """Mean loss and gradients of a batch (B, T + 1), `micro` windows at a time.
+        """Mean loss and gradients of a batch (B, 2, T), `micro` windows at a time.
 
         A full GPU makes the passes smaller. Where a CUDA graph or torch.compile fails, it goes on without.
         """
@@ -3483,7 +3547,7 @@ class Training:
         """Adds the gradients of a few windows to those that are there; returns their share of the loss."""
         with autocast(self.model, self.cfg):
             loss = self.loss_of(windows_now)
-        loss = loss / self.cfg.BATCH_TOKENS
+        loss = loss / self.counted  # of a batch on average: a constant, so that a CUDA graph can hold it
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -3527,38 +3591,48 @@ def divergence(losses, batch_tokens, vocab_size):
     return "" if now <= limit else f"a mean loss of {now:.3g}, where {limit:.3g} is the limit"
 
 
-def train_model(run, vocab, cfg, bar):
+AVERAGED = 0.2  # share of the steps before a budget over which the weights are averaged
+
+
+def budget_steps(steps, cfg):
+    """The steps after which a result is due, in order."""
+    return sorted({max(1, round(share * steps)) for share in cfg.BUDGETS})
+
+
+def schedule_steps(windows, cfg):
+    """Optimiser steps in which TRAIN_TOKENS_TARGET characters are counted."""
+    return max(1, round(cfg.TRAIN_TOKENS_TARGET / (cfg.BATCH_TOKENS * windows.share)))
+
+
+def train_model(run, windows, vocab, cfg, bar):
     """Trains one model to its end, from its checkpoint on if it has one; writes the model and its record."""
-    # 1 Data, model, optimisers
-    train_data, val_data = read_training(vocab, cfg)[0], read_tokens("val", vocab, cfg)
-    need(len(train_data) > 2 * cfg.SEQ_LEN,
-         f"{len(train_data):,} characters are too few for windows of {cfg.SEQ_LEN}; add MIDI files")
+    # 1 Held-out data, model, optimisers
+    held_out = Windows(read_tokens("val", vocab, cfg), vocab, cfg.SEQ_LEN)
     if cfg.DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    t = Training(run, len(vocab.chars), cfg)
+    t = Training(run, len(vocab.chars), windows.share, cfg)
     step_flops = t.model.flops_per_token() * cfg.BATCH_TOKENS
+    steps = schedule_steps(windows, cfg)
+    log_every = max(1, steps // 200)
 
     # 2 From the last checkpoint on
     log = run.path("log.jsonl", cfg)
     log.parent.mkdir(parents=True, exist_ok=True)
-    if not t.restore("resume.pt"):
+    if not t.restore():
         log.unlink(missing_ok=True)
-    bar.update(t.steps_run * step_flops)
-    log_every, parts = max(1, cfg.steps // 200), stretches(cfg)
-    while t.part < len(parts):
-        _, last_step, decay_end = parts[t.part]
-        began = saved = time.monotonic()
-        first_step, new_losses = t.step, []
-        while t.step < last_step:
+    bar.update(t.step * step_flops)
+    began = saved = time.monotonic()
+    new_losses = []
+    for end in budget_steps(steps, cfg)[len(t.rows):]:
+        while t.step < end:
             # 3 The windows of this step: a function of seed and step
-            starts = batch_starts(len(train_data), cfg.SEQ_LEN, cfg.batch, t.step, run.seed)
-            batch = windows(train_data, starts, cfg.SEQ_LEN + 1, cfg.DEVICE)
+            batch = windows.read(windows.chosen(t.step, cfg.batch, run.seed), cfg.DEVICE)
 
             # 4 Their loss and gradients
             loss = t.gradients(batch)
 
             # 5 The rate of this step; gradients are clipped when the scale of float16 is off again
-            share = lr_scale(t.step + 1, decay_end, cfg)
+            share = lr_scale(t.step + 1, steps, cfg)
             for optimizer in t.optimizers:
                 t.scaler.unscale_(optimizer)
                 for group in optimizer.param_groups:
@@ -3573,74 +3647,82 @@ def train_model(run, vocab, cfg, bar):
             t.scaler.update()
             new_losses.append(torch.where(bad, math.nan, loss))
             t.step += 1
-            t.steps_run += 1
             bar.update(step_flops)
-            if t.step % log_every and t.step < last_step:
+
+            # 7 The mean of the weights over the last fifth of this budget
+            if t.step > (1 - AVERAGED) * end:
+                t.average.update_parameters(t.model)
+            if t.step % log_every and t.step < end:
                 continue
 
-            # 7 Every half per cent: is it still learning? A point of the curve, a line of the log
-            t.losses += torch.stack(new_losses).tolist()  # here it waits for the GPU
-            new_losses, now = [], time.monotonic()
+            # 8 Every half per cent: is it still learning? A point of the curve, a line of the log
+            new_losses = torch.stack(new_losses).tolist()  # here it waits for the GPU
+            t.losses += new_losses
+            now = time.monotonic()
             if fault := divergence(t.losses, cfg.BATCH_TOKENS, len(vocab.chars)):
                 raise Diverged(f"{run.name} diverged in step {t.step}: {fault}. Lower LR or LR_ADAM; the "
                                f"last good state is {run.path('resume.pt', cfg)}")
-            rate = (t.step - first_step) * cfg.BATCH_TOKENS / max(now - began, 1e-9)
-            t.seconds, began, first_step = t.seconds + now - began, now, t.step
-            if math.isfinite(t.losses[-1]):
-                point = {"tokens": t.step * cfg.BATCH_TOKENS, "train_loss": t.losses[-1],
+            rate = len(new_losses) * cfg.BATCH_TOKENS / max(now - began, 1e-9)
+            t.seconds, began = t.seconds + now - began, now
+            learned = [loss for loss in new_losses if math.isfinite(loss)]
+            if learned:
+                point = {"tokens": round(t.step * t.counted), "train_loss": statistics.fmean(learned),
                          "lr": cfg.LR * share, "tokens_per_s": rate}
                 for key, value in point.items():
                     t.curve[key].append(value)
-                append_line(log, {**point, "step": t.step, "branch": decay_end})
-                bar.set_postfix_str(f"{run.name} loss {t.losses[-1]:.3f} {rate:,.0f} char/s", False)
+                append_line(log, {**point, "step": t.step})
+                bar.set_postfix_str(f"{run.name} loss {point['train_loss']:.3f} {rate:,.0f} char/s", False)
+            new_losses = []
 
-            # 8 A checkpoint now and then
+            # 9 A checkpoint now and then
             if now - saved > cfg.SAVE_EVERY_S:
-                t.save("resume.pt")
+                t.save()
                 saved = now
 
-        # 9 The end of a stretch: the trunk waits in its file while a branch decays and is measured
-        t.part += 1
-        if not decay_end:
-            t.save("trunk.pt")
-        else:
-            if t.step == cfg.steps:
-                state_prediction_first(run, cfg, wait=True)
-            t.rows.append(result(t, len(train_data), val_data))
-            if t.part < len(parts):
-                need(t.restore("trunk.pt"), f"{run.path('trunk.pt', cfg)} is lost; delete its folder")
-        t.save("resume.pt")
+        # 10 A budget is reached: its result is that of the mean weights
+        if end == steps:
+            state_prediction_first(run, cfg, wait=True)
+        t.rows.append(result(t, windows, held_out, end == steps))
+        if end < steps:
+            t.average.n_averaged.zero_()  # the next mean begins anew
+        t.save()
+        began = time.monotonic()
 
-    # 10 The finished model and its record; what only an interrupted training needs goes
+    # 11 The finished model and its record; what only an interrupted training needs goes
     write_checkpoint(run.path("model.pt", cfg), {
-        "format": CHECKPOINT_FORMAT, "model": own_weights(t.model), "size": list(run.size),
+        "format": CHECKPOINT_FORMAT, "model": own_weights(t.average.module), "size": list(run.size),
         "seq_len": cfg.SEQ_LEN, "vocab": [[*part] for part in vocab], "result": t.rows[-1]})
     size = run.path("model.pt", cfg).stat().st_size
     write_json(run.path("record.json", cfg), {"rows": t.rows, "curve": t.curve, "model_bytes": size})
-    for kind in ("resume.pt", "trunk.pt"):
-        run.path(kind, cfg).unlink(missing_ok=True)
+    run.path("resume.pt", cfg).unlink(missing_ok=True)
 
 
-def result(t, train_chars, val_data):
-    """The row of scaling_results.json for the branch that has just ended."""
+def result(t, windows, held_out, is_last):
+    """The row of scaling_results.json for a budget that is reached.
+
+    "tokens" is D, the characters that were counted; "seen" are all that went through the model, copies of
+    headers and repeated lines among them, and make the "flops".
+    """
     cfg, size, flops = t.cfg, t.run.size, t.model.flops_per_token()
-    mean, error = mean_loss(token_losses(t.model, val_data, cfg), val_data)
-    tokens, rate = t.step * cfg.BATCH_TOKENS, float(np.median(t.curve["tokens_per_s"]))
+    mean, error = mean_loss(token_losses(t.average.module, held_out, cfg)[0], held_out.tokens)
+    seen, rate = t.step * cfg.BATCH_TOKENS, float(np.median(t.curve["tokens_per_s"]))
+    tokens = round(seen * windows.share)
     return {
         "run": t.run.name, "family": size.family, "size": size.size, "seed": t.run.seed,
         "layers": size.layers, "width": size.width, **count_params(t.model),
-        "tokens": tokens, "unique_tokens": min(tokens, train_chars), "epochs": tokens / train_chars,
-        "flops_per_token": flops, "flops": flops * tokens, "lr": cfg.LR,
-        "val_loss": mean, "val_loss_se": error, "val_bpc": mean / math.log(2), "val_chars": len(val_data) - 1,
+        "tokens": tokens, "seen": seen, "unique_tokens": min(tokens, windows.counted),
+        "epochs": tokens / windows.counted, "flops_per_token": flops, "flops": flops * seen, "lr": cfg.LR,
+        "val_loss": mean, "val_loss_se": error, "val_bpc": mean / math.log(2),
+        "val_chars": held_out.counted,
         "tokens_per_s": rate, "flops_per_s": rate * flops, "wall_s": t.seconds,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cfg.DEVICE == "cuda" else None,
         "precision": str(amp_dtype(t.model.recurrent, cfg)).removeprefix("torch."), "device": cfg.DEVICE,
-        "checkpoint": f"{t.run.name}.pt", "main": t.step == cfg.steps}
+        "checkpoint": f"{t.run.name}.pt", "main": is_last}
 
 
 # --- files of models
 
-CHECKPOINT_FORMAT = "LakhMIDI model 3"
+CHECKPOINT_FORMAT = "LakhMIDI model 4"
 
 
 def own_weights(model):
@@ -3771,11 +3853,11 @@ def wait_for_ranks():
 
 # --- the stage
 
-TRAIN_VERSION = 4  # raise it when the code trains differently
+TRAIN_VERSION = 5  # raise it when the code trains differently
 # What a run depends on besides its row of the ladder, its seed and the data. Not on the device: a model that
 # was finished on a GPU is finished on a laptop.
 SHARED_KNOBS = ("TRAIN_TOKENS_TARGET BATCH_TOKENS SEQ_LEN BUDGETS LR LR_ADAM BETAS WEIGHT_DECAY CLIP_NORM "
-                "WARMUP_FRAC DECAY_FRAC EVAL_TOKENS")
+                "WARMUP_FRAC EVAL_TOKENS")
 
 
 @stage(version=TRAIN_VERSION, knobs=SHARED_KNOBS + " MODELS SEEDS SEED", reads=(tokenize,), root="SAVE_DIR",
@@ -3784,36 +3866,40 @@ def train(cfg):
     """Trains every model of the study on the same characters in the same order, from small to large."""
     vocab, runs, (rank, count, _) = read_vocab(cfg), planned_runs(cfg), ranks()
     need(len(read_tokens("val", vocab, cfg)) > 1, "no validation tune; add MIDI files or raise VAL_FRAC")
+    windows = Windows(read_training(vocab, cfg)[0], vocab, cfg.SEQ_LEN)
+    if rank == 0:
+        say(f"train     {len(windows):,} windows of {cfg.SEQ_LEN} characters; copies of headers, repeated "
+            f"lines and room left over are {1 - windows.share:.1%} of them")
     if cfg.DEVICE == "cuda":  # more processes than GPUs share them
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
     todo = [run for run in runs if not finished(run, cfg)]
     wait_for_ranks()  # until all have looked at what there is to do
     turns = [*range(count), *reversed(range(count))]  # the largest first, to and fro: about equal shares
     mine = [run for run, turn in zip(todo[::-1], itertools.cycle(turns)) if turn == rank][::-1]
-    work = sum(training_flops(run, len(vocab.chars), cfg) for run in mine)
+    work = sum(training_flops(run, windows, vocab, cfg) for run in mine)
     bar_format = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
     with progress(total=work, desc="train", bar_format=bar_format, disable=rank > 0) as bar:
         for run in mine:
             state_prediction_first(run, cfg)
-            train_model(run, vocab, cfg, bar)
+            train_model(run, windows, vocab, cfg, bar)
             row = finished(run, cfg)["rows"][-1]
             say(f"  {run.name:12s} {row['n_fit']:>11,} parameters  val loss {row['val_loss']:.4f} nats, "
                 f"{row['val_bpc']:.4f} bits per character {row['tokens_per_s']:>9,.0f} char/s "
                 f"{row['wall_s']:6.0f} s")
             if rank == 0:
-                write_results(runs, cfg)
+                write_results(runs, windows, cfg)
     wait_for_ranks()
     if rank == 0:
-        write_results(runs, cfg)
+        write_results(runs, windows, cfg)
     names = ["scaling_results.json", "training_curves.json", *(f"{run.name}.pt" for run in runs)]
     return [Path(cfg.SAVE_DIR, name) for name in names]
 
 
-def training_flops(run, vocab_size, cfg):
-    """What the training of one model costs, branches included."""
+def training_flops(run, windows, vocab, cfg):
+    """What the training of one model costs."""
     with torch.device("meta"):
-        model = build_model(run.size, vocab_size, cfg)
-    return model.flops_per_token() * cfg.BATCH_TOKENS * sum(last - first for first, last, _ in stretches(cfg))
+        model = build_model(run.size, len(vocab.chars), cfg)
+    return model.flops_per_token() * cfg.BATCH_TOKENS * schedule_steps(windows, cfg)
 
 
 def finished(run, cfg):
@@ -3848,7 +3934,7 @@ def state_prediction_first(run, cfg, wait=False):
         say(f"  {run.name:12s} is predicted to reach {stated['predicted']:.4f} nats, by the smaller ones")
 
 
-def write_results(runs, cfg):
+def write_results(runs, windows, cfg):
     """Gathers what the runs have left so far into the files that later stages and people read."""
     save, records, predictions = Path(cfg.SAVE_DIR), {}, {}
     for run in runs:
@@ -3864,7 +3950,8 @@ def write_results(runs, cfg):
     write_json(save / "prediction.json", predictions)
     write_json(save / "scaling_results.json", {
         "study": cfg.STUDY, "corpus": cfg.corpus, "device": device_name(cfg), "torch": torch.__version__,
-        "knobs": {knob: getattr(cfg, knob) for knob in knob_names()}, "schedule_steps": cfg.steps,
+        "knobs": {knob: getattr(cfg, knob) for knob in knob_names()},
+        "schedule_steps": schedule_steps(windows, cfg), "copies": 1 - windows.share,
         "batch_tokens": cfg.BATCH_TOKENS, "seq_len": cfg.SEQ_LEN,
         "runs": [row for record in records.values() for row in record["rows"]]})
     write_json(save / "training_curves.json", {name: {
@@ -4900,13 +4987,17 @@ class Draft:
         return self.vocab.decode(self.ids[1:])
 
     def read_window(self, model, ahead):
-        """The state of a model that has read all of the tune but its last character; of a long one half a
-        window: the beginning of its header, which says what lengths and bars mean, and what is newest."""
+        """The state of a model that has read all of the tune but its last character; of a long one what a
+        window of the training holds, see Windows: the beginning of the header, then the newest lines from a
+        line's start, in all half of a window."""
         ids, half = self.ids, model.seq_len // 2
         if len(ids) + ahead > model.seq_len + 1:
-            music = re.search(r"\n(?!%|[A-Za-z]:)[^\0]", self.text)  # the first line that is no field
-            header = min(music.start() + 2, half * 3 // 4) if music else 1
-            ids = ids[:header] + ids[len(ids) - half + header:]
+            text = self.vocab.decode(ids[1:])
+            music = re.search(r"^(?!%|[A-Za-z]:)[^\n]", text, re.M)  # the first line that is no field
+            head = min(1 + (music.start() if music else 0), 3 * model.seq_len // 8)
+            newest = len(ids) - half + head
+            line = 1 + text.find("\n", newest - 2) + 1  # its first character in ids
+            ids = ids[:head] + ids[line if newest <= line < len(ids) else newest:]
         state = model.empty_state(1, model.seq_len)
         if len(ids) > 1:
             _, state = model(torch.tensor([ids[:-1]], device=next(model.parameters()).device), state)
@@ -5190,29 +5281,30 @@ def char_kinds(tokens, vocab):
 
 
 def test_loss(model, test, kinds, whole, cfg):
-    """Loss on the test tokens: per character, note and second, by kind of character, by place in the window.
+    """Loss on the test Windows: per character, note and second, by kind of character, by place in the window.
 
-    `whole` are the rows of tunes.jsonl for the tunes that are whole in the tokens.
+    `whole` are the rows of tunes.jsonl for the tunes that are whole in them.
     """
-    losses = token_losses(model, test, cfg)
-    bits, place = losses / math.log(2), np.arange(len(losses)) % model.seq_len
-    loss, error = mean_loss(losses, test)
-    in_whole = bits[:whole[-1]["start"] + whole[-1]["chars"] + 1].sum(dtype=np.float64)
+    losses, place = token_losses(model, test, cfg)
+    loss, error = mean_loss(losses, test.tokens)
+    bits, counted = losses / math.log(2), np.isfinite(losses)
+    in_whole = np.nansum(bits[:whole[-1]["start"] + whole[-1]["chars"] + 2], dtype=np.float64)
     edges = [0, *(2**k for k in range(int(math.log2(model.seq_len)) + 1))]
-    spans = {span: (span[0] <= place) & (place < span[1]) for span in itertools.pairwise(edges)}
+    spans = {span: counted & (span[0] <= place) & (place < span[1]) for span in itertools.pairwise(edges)}
+    of_kind = {kind: counted & (kinds == i) for i, kind in enumerate(KINDS)}
     return {"test_loss": loss, "test_loss_se": error, "test_bpc": loss / math.log(2),
             "test_perplexity": math.exp(loss),
             **{f"bits_per_{unit}": in_whole / sum(tune[f"{unit}s"] for tune in whole)
                for unit in ("note", "second")},
-            "by_kind": {kind: {"share": np.mean(kinds == i), "bits": bits[kinds == i].mean(dtype=np.float64)}
-                        for i, kind in enumerate(KINDS) if np.any(kinds == i)},
+            "by_kind": {kind: {"share": here.sum() / counted.sum(), "bits": bits[here].mean(dtype=np.float64)}
+                        for kind, here in of_kind.items() if here.any()},
             "by_position": [{"from": low, "to": high, "bits": bits[here].mean(dtype=np.float64)}
                             for (low, high), here in spans.items() if here.any()]}
 
 
 def leaked_loss(model, leaked, cfg):
     """Loss on tunes that were not trained on, though a version of each was: what a split by file measures."""
-    found = mean_loss(token_losses(model, leaked, cfg), leaked) if len(leaked) > 1 else (None, None)
+    found = mean_loss(token_losses(model, leaked, cfg)[0], leaked.tokens) if leaked else (None, None)
     return dict(zip(("leaked_loss", "leaked_loss_se"), found, strict=True))
 
 
@@ -5406,12 +5498,14 @@ def evaluate(cfg):
     held_out = [tune for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl") if tune["split"] == "test"]
     test, leaked = read_tokens("test", vocab, cfg), read_training(vocab, cfg)[1][:cfg.EVAL_TOKENS]
     whole = [tune for tune in held_out if tune["start"] + tune["chars"] + 2 <= len(test)] or held_out[:1]
-    kinds = char_kinds(test, vocab)[1:]
+    kinds = char_kinds(test, vocab)
+    test_windows = Windows(test, vocab, cfg.SEQ_LEN)
+    leaked_windows = Windows(leaked, vocab, cfg.SEQ_LEN) if len(leaked) else None
     real = [vocab.decode(test[tune["start"] + 1:][:tune["chars"]]) for tune in whole if not tune["unknown"]]
     need(real, "every test tune has characters that the training tunes lack; add music or raise TEST_FRAC")
     tested = [{"run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"],
-               **test_loss(models[row["run"]][0], test, kinds, whole, cfg),
-               **leaked_loss(models[row["run"]][0], leaked, cfg),
+               **test_loss(models[row["run"]][0], test_windows, kinds, whole, cfg),
+               **leaked_loss(models[row["run"]][0], leaked_windows, cfg),
                "likelier_than_twin": twin_shares(models[row["run"]][0], vocab, real[:100], cfg)}
               for row in progress(rows, "test loss", unit="model")]
 
@@ -5425,7 +5519,7 @@ def evaluate(cfg):
         write_json(save / folder / "metadata.json", [tune for tune in tunes if tune["shown"] == folder])
     write_jsonl(save / "samples.jsonl", tunes)
     write_json(save / "evaluation.json", {
-        "models": tested, "best": best, "test_chars": len(test) - 1, "sample_chars": cfg.SAMPLE_CHARS,
+        "models": tested, "best": best, "test_chars": test_windows.counted, "sample_chars": cfg.SAMPLE_CHARS,
         "copy_limit": limit, "music": table})
     for row in table:
         if row["run"] in ("real", best):

@@ -93,18 +93,27 @@ def adamw_group(parameters, lr, decay):
                              weight_decay=decay, fused=True)
 
 
-def cosine(step, end, cfg):
+def cosine(step, steps, cfg):
     """nanoGPT's schedule: warm-up, then a cosine down to a tenth of the peak."""
-    warmup = max(1, round(cfg.WARMUP_FRAC * cfg.steps))
+    warmup = max(1, round(cfg.WARMUP_FRAC * steps))
     if step <= warmup:
         return step / warmup
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, cfg.steps - warmup)))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def cooled_down(step, steps, cfg):
+    """Warm-up, constant, and in the last fifth a fall as 1 - sqrt (Hagele et al. 2024, arXiv 2405.18392)."""
+    left = 1 - (steps - step) / (0.2 * steps)
+    return min(1.0, step / max(1, round(cfg.WARMUP_FRAC * steps))) * (1 - max(0.0, left) ** 0.5)
+
+
+LAST_WEIGHTS = {"AVERAGED": 1e-9}  # the result is that of the weights after the last step
 
 
 def rival(lr):
     """A way to train the rival with the loop of the study. nanoGPT uses float32 on a CPU."""
     patches = {"build_model": lambda size, vocab_size, cfg: Rival(size, vocab_size, cfg.SEQ_LEN),
-               "make_optimizers": rival_optimizers, "lr_scale": cosine,
+               "make_optimizers": rival_optimizers, "lr_scale": cosine, **LAST_WEIGHTS,
                "count_params": lambda model: {"n_params": sum(p.numel() for p in model.parameters())}}
     if not torch.cuda.is_available():
         patches["amp_dtype"] = lambda recurrent, cfg: torch.float32
@@ -209,8 +218,10 @@ ABLATIONS = [
     ("weight decay .01", "gpt lstm", nothing, {"WEIGHT_DECAY": 0.01}),
     ("no warm-up", "gpt lstm", nothing, {"WARMUP_FRAC": 0.0}),
     ("warm-up 10 %", "gpt lstm", nothing, {"WARMUP_FRAC": 0.1}),
-    ("decay 10 %", "gpt lstm", nothing, {"DECAY_FRAC": 0.1}),
-    ("decay 40 %", "gpt lstm", nothing, {"DECAY_FRAC": 0.4}),
+    ("cool-down, no mean", "gpt lstm",
+     lambda: patch.multiple(study, lr_scale=cooled_down, **LAST_WEIGHTS), {}),
+    ("no mean", "gpt lstm", lambda: patch.multiple(study, **LAST_WEIGHTS), {}),
+    ("mean of the last tenth", "gpt lstm", lambda: patch.object(study, "AVERAGED", 0.1), {}),
 ]
 
 
@@ -234,7 +245,7 @@ class Bar:
 
 
 def train_once(args, part, label, model, seed=1, steps=math.inf, **knobs):
-    """One training with one decay at its end, by the loop of the study, or its first steps; returns its row.
+    """One training with one budget, by the loop of the study, or its first steps; returns its row.
 
     The rate is the median of what the loop measured; seconds are those of the process on a CPU, where other
     programs would disturb the clock on the wall, on CUDA those of all steps at that rate.
@@ -243,9 +254,10 @@ def train_once(args, part, label, model, seed=1, steps=math.inf, **knobs):
         cfg = Cfg(**{"DATA_ROOT": args.data_root, "SAVE_DIR": folder, "SEED": seed, "BUDGETS": (1.0,),
                      "SAVE_EVERY_S": 1e9, "TRAIN_TOKENS_TARGET": args.tokens, "MODELS": (model,), **knobs})
         run, vocab = study.planned_runs(cfg)[0], study.read_vocab(cfg)
+        windows = study.Windows(study.read_training(vocab, cfg)[0], vocab, cfg.SEQ_LEN)
         began, wall, loss = time.process_time(), time.monotonic(), math.inf
         with contextlib.suppress(study.Diverged, EnoughSteps):
-            study.train_model(run, vocab, cfg, Bar(steps))
+            study.train_model(run, windows, vocab, cfg, Bar(steps))
             loss = study.finished(run, cfg)["rows"][-1]["val_loss"]
         seconds, wall = time.process_time() - began, time.monotonic() - wall
         log = list(study.read_jsonl(run.path("log.jsonl", cfg)))
@@ -253,7 +265,7 @@ def train_once(args, part, label, model, seed=1, steps=math.inf, **knobs):
         with torch.device("meta"):
             flops = study.build_model(run.size, len(vocab.chars), cfg).flops_per_token()
     if cfg.DEVICE == "cuda":
-        seconds = log[-1]["tokens"] / rate
+        seconds = log[-1]["step"] * cfg.BATCH_TOKENS / rate
     name = study.device_name(cfg)
     peak = next((peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
     row = {"part": part, "label": label, "model": run.name, "seed": seed, "tokens": log[-1]["tokens"],

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import LakhMIDI as study
 
 STUDY = {"STUDY": "smoke", "DEVICE": "cpu", "SEQ_LEN": 16, "BATCH_TOKENS": 64, "SAVE_EVERY_S": 0.0,
-         "MODELS": ("gpt_8w", "lstm_10w"), "TRAIN_TOKENS_TARGET": 64 * 100, "DECAY_FRAC": 0.5}
+         "MODELS": ("gpt_8w", "lstm_10w"), "TRAIN_TOKENS_TARGET": 64 * 100}
 
 
 def killing(function, calls):
@@ -40,19 +40,20 @@ def attempt(run, cfg, places, steps=0):
         return os.waitpid(child, 0)[1]
     restore = study.Training.restore
 
-    def noted(self, kind):
-        found = restore(self, kind)
-        if kind == "resume.pt":
-            with open(places, "a", encoding="utf-8") as out:
-                out.write(json.dumps([self.part, self.step]) + "\n")
+    def noted(self):
+        found = restore(self)
+        with open(places, "a", encoding="utf-8") as out:
+            out.write(f"{self.step}\n")
         return found
     study.Training.restore = noted
     if steps % 2:
-        study.batch_starts = killing(study.batch_starts, steps)
+        study.Windows.chosen = killing(study.Windows.chosen, steps)
     elif steps:
         study.os.replace = killing(os.replace, steps)
+    vocab = study.read_vocab(cfg)
+    windows = study.Windows(study.read_training(vocab, cfg)[0], vocab, cfg.SEQ_LEN)
     with tqdm(disable=True) as bar:
-        study.train_model(run, study.read_vocab(cfg), cfg, bar)
+        study.train_model(run, windows, vocab, cfg, bar)
     os._exit(0)
 
 

@@ -53,7 +53,7 @@ def test_three_processes_do_what_one_does(smoke, alone, tmp_path):
     said = run_to_the_end(command)
     assert said.count("files became ABC") == said.count("train     done") == 1
     assert all(said.count(f"  {name} ") >= 1 for name in MODELS.split(","))
-    assert losses(runs) == alone and len(alone) == 12
+    assert losses(runs) == alone and len(alone) == 16
     assert {path.name for path in runs.glob("*.pt")} == {f"{name}.pt" for name in MODELS.split(",")}
     for name in ("train.bin", "vocab.json"):
         assert (tmp_path / "data/tokens" / name).read_bytes() == (smoke.tokens_root / name).read_bytes()
