@@ -269,6 +269,7 @@ def train_once(args, part, label, model, seed=1, steps=math.inf, **knobs):
     name = study.device_name(cfg)
     peak = next((peak for gpu, peak in PEAK_FLOPS.items() if re.search(rf"\b{gpu}\b", name)), None)
     row = {"part": part, "label": label, "model": run.name, "seed": seed, "tokens": log[-1]["tokens"],
+           "seen": log[-1]["step"] * cfg.BATCH_TOKENS,
            "knobs": knobs, "val_loss": loss if loss < math.inf else None, "seconds": round(seconds, 2),
            "tokens_per_s": rate, "flops_per_s": rate * flops, "of_peak": peak and rate * flops / peak,
            "train_loss": log[-1]["train_loss"], "wall": round(wall, 1), "device": name,
@@ -366,7 +367,7 @@ def speed_line(args, label, model, **knobs):
     cuda = torch.cuda.is_available()
     knobs = {"TRAIN_TOKENS_TARGET": 0, **knobs}  # the steps between two lines of the log are the study's
     row = train_once(args, "speed", label, model, steps=args.steps or (120 if cuda else 40), **knobs)
-    start = row["wall"] - row["tokens"] / row["tokens_per_s"]
+    start = row["wall"] - row["seen"] / row["tokens_per_s"]
     whole = start + Cfg().TRAIN_TOKENS_TARGET / row["tokens_per_s"]
     print(f"{row['model'] + ' ' + label:34s} {row['tokens_per_s']:10,.0f} {row['flops_per_s'] / 1e12:8.3f} "
           f"{row['of_peak'] or math.nan:8.1%} {row['gb'] or math.nan:5.2f} {start:8.1f} {whole:12.0f} "

