@@ -5077,22 +5077,21 @@ def draw(logits, chance, temperature, top_k, top_p):
 # --- judging
 
 MIN_TUNE_NOTES = 8  # fewer notes, or fewer than three pitches, are no tune
+FIELD_LINE = re.compile(r"[A-Za-z]:(?![|:])|%")
+HEADER = re.compile(r"X:1\nL:1/\d+\nM:\d+/\d+\nQ:.+\n(?:%%.+\n)*K:.+\n(?:V:.+\n|%%.+\n)*(?![A-Z]:|%|$)")
 
 
 def check_abc(text, ended=True, prompt=""):
-    """Judges a tune as it stands. Returns {"valid", "reasons", "notes", "pitches", "bars", "bad_bars",
-    "complaints"}; valid means without a reason.
+    """Judges a tune as it stands: {"valid": whether there is no reason against it, "reasons", "first_fault",
+    "complaints", and what reader_faults counts}. Raises UserError if abc2midi can't be run: no verdict.
 
-    First our reader, which measures every bar: "bar_length", "open_tie", "open_bracket", "open_tuplet",
-    "bad_char" and others are its own; "silent" and "mostly_rests": after the prompt too little was composed,
-    or less than a quarter of the time sounds (half would refuse 3 of 99 real web files). Then abc2midi, for
-    what has no fault so far: "abc2midi_error" if it reports one, "other_notes" if it hears others than our
-    reader does. Its warnings are no reasons: of bars only those are left that we measured as right, and of
-    some of these it is wrong (findings/README.md). They are counted in "complaints". "cut": the tune had not
-    ended when it was stopped; it is judged up to its last whole bar, and a tie into what is missing is no
-    fault.
-
-    Raises UserError if abc2midi can't be run: that is no verdict.
+    First our reader, which measures every bar: "bar_length", "open_tie", "bad_char" and others are its own;
+    "silent" and "mostly_rests": after the prompt too little was composed, or less than a quarter of the time
+    sounds (half would refuse 3 of 99 real web files). Then abc2midi, for what has no fault so far:
+    "abc2midi_error" if it reports one, "other_notes" if it hears others than our reader does. Its warnings
+    are only counted, in "complaints": they are about bars that we measured as right, and it is wrong about
+    some (findings/README.md). "cut": the tune had not ended when it was stopped; it is judged up to its last
+    whole bar, and a tie into what is missing is no fault.
     """
     text = text if ended else whole_bars(text)
     faults, found = reader_faults(text, ended, prompt)
@@ -5100,14 +5099,18 @@ def check_abc(text, ended=True, prompt=""):
     if not faults:
         faults, complaints = abc2midi_faults(text)
     reasons = sorted(faults) + ["cut"] * (not ended)
+    found["first_fault"] = found["first_fault"] or "".join(reasons[:1])
     return {"valid": not reasons, "reasons": reasons, **found, "complaints": complaints}
 
 
 def reader_faults(text, ended=True, prompt=""):
-    """What our reader finds wrong: (set of reasons, what it counted)."""
+    """What our reader finds wrong, and what it counts: (set of reasons, {"notes" and "pitches" after the
+    prompt, "header": whether the text begins with a whole one, "first_fault", those of count_bars}).
+    """
     tune, last = read_abc(text), text.count("\n")
-    faults = {fault.reason for fault in tune.faults
-              if ended or fault.reason != "open_tie" or fault.line < last}
+    placed = sorted(fault for fault in tune.faults
+                    if ended or fault.reason != "open_tie" or fault.line < last)
+    faults = {fault.reason for fault in placed}
     begin = end_of_notes(read_abc(whole_bars(prompt)).notes)
     new = Notes(*(column[tune.notes.onset >= begin - 1e-6] for column in tune.notes))
     n, pitches = len(new.pitch), len(set(new.pitch.tolist()))
@@ -5115,12 +5118,33 @@ def reader_faults(text, ended=True, prompt=""):
         faults.add("silent")
     elif sounding_beats(new) < (max(bar_starts(tune)[-1], end_of_notes(new)) - begin) / 4:
         faults.add("mostly_rests")
-    bad_bars = len({fault.bar for fault in tune.faults if fault.reason == "bar_length"})
-    return faults, {"notes": n, "pitches": pitches, "bars": tune.n_bars, "bad_bars": bad_bars}
+    declared, played = (set(re.findall(name, text, re.M)) for name in (r"^V:(\w+)", r"\[V:(\w+)"))
+    return faults, {"notes": n, "pitches": pitches, "header": bool(HEADER.match(text)) and played <= declared,
+                    "first_fault": placed[0].reason if placed else "", **count_bars(text, placed)}
+
+
+def count_bars(text, faults=()):
+    """Bars of a text, voice by voice, a run of silent ones as one: {"bars", "right": those without a fault,
+    "repeats": right ones that are equal to the one before}.
+    """
+    count, before = {"bars": 0, "right": 0, "repeats": 0}, {}
+    wrong = {(fault.line, voice) for fault in faults for voice in (fault.voice, "")}
+    for number, line in enumerate(text.splitlines(), 1):
+        music = "" if FIELD_LINE.match(line) else re.sub(r"\[[MQ]:[^]]*\]", "", line)
+        for voice, bar in re.findall(r"(?:\[V:([^]]*)\])?([^|]+\|?)", music):
+            right = (number, voice) not in wrong
+            count["bars"] += 1
+            count["right"] += right
+            count["repeats"] += right and before.get(voice) == bar
+            before[voice] = bar
+    return count
 
 
 def abc2midi_faults(text):
     """What abc2midi finds wrong with a text: (set of reasons, {complaint: how often})."""
+    def onsets(notes):  # in 1/48 beat, for abc2midi is always late by 1/480
+        return set(zip(notes.pitch.tolist(), np.rint(48 * notes.onset).tolist(), strict=True))
+
     try:
         with abc2midi_program() as program:
             midi, said = run_abc2midi(program, text.encode())
@@ -5129,17 +5153,11 @@ def abc2midi_faults(text):
         return {str(skip).replace(" ", "_")}, {}
     except Rejected:  # no notes, or no MIDI file
         return {"other_notes"}, {}
-    errors = re.findall(r"^Error in line", said, re.M)
-    warnings = re.findall(r"^Warning in line-char \S+ : (.*)", said, re.M)
-    faults = {"abc2midi_error"} if errors else set()
+    faults = {"abc2midi_error"} if re.search(r"^Error in line", said, re.M) else set()
     if onsets(heard) != onsets(read_abc(text).notes):
         faults.add("other_notes")
+    warnings = re.findall(r"^Warning in line-char \S+ : (.*)", said, re.M)
     return faults, dict(Counter(re.sub(r"[-\d./]+", "n", warning) for warning in warnings))
-
-
-def onsets(notes):
-    """The set of (pitch, onset in 1/48 beat); abc2midi is always late by 1/480."""
-    return set(zip(notes.pitch.tolist(), np.rint(48 * notes.onset).astype(int).tolist(), strict=True))
 
 
 def whole_bars(text):
@@ -5178,50 +5196,33 @@ def music_metrics(tune):
     Yang 2020 (arXiv 2008.01307). pitch_class_entropy: bits. scale_consistency: share of notes in the best
     major or minor scale. polyphony: notes at once, where any sounds. groove_consistency: 1 - share of the
     steps of 1/12 beat in which the onsets of a bar and the next differ. empty_bars: share of bars in which no
-    note begins. repeated_bars: share of the others that were heard before. Drums count in all but the first
-    three.
+    note begins. repeated_bars: share of the others that were heard before. Drums count in the last four.
     """
-    drums, bars = are_drums(tune.notes, tune.voices), bar_starts(tune)
-    pitched = Notes(*(column[~drums] for column in tune.notes))
+    (onset, duration, pitch), bars = tune.notes[1:], bar_starts(tune)
+    pitched = Notes(*(column[~are_drums(tune.notes, tune.voices)] for column in tune.notes))
     if not len(pitched.pitch) or len(bars) < 2:
         return {}
     share = np.bincount(pitched.pitch % 12, minlength=12) / len(pitched.pitch)
-    contents, steps = bar_contents(tune.notes, bars), np.rint(12 * np.diff(bars))
-    rhythms = [{onset for onset, *_ in notes} for notes in contents]
-    changes = [len(one ^ other) / step for one, other, step, next_step
-               in zip(rhythms, rhythms[1:], steps, steps[1:], strict=False) if step == next_step]
-    full = [notes for notes in contents if notes]
+    bar, steps = np.searchsorted(bars[1:-1], onset + 1e-3, "right"), np.rint(12 * np.diff(bars))
+    contents = [set() for _ in steps]  # of each bar: its (onset in it, duration, pitch), in 1/12 beats
+    for b, *note in zip(bar, np.rint(12 * (onset - bars[bar])), np.rint(12 * duration), pitch, strict=True):
+        contents[b].add(tuple(note))
+    rhythms = [{first for first, *_ in notes} for notes in contents]
+    changes = [len(rhythms[i] ^ rhythms[i + 1]) / steps[i] for i in np.flatnonzero(np.diff(steps) == 0)]
+    full = [frozenset(notes) for notes in contents if notes]
     return {"pitch_class_entropy": stats.entropy(share, base=2),
             "scale_consistency": max(share[np.add(NATURAL, root) % 12].sum() for root in range(12)),
             "polyphony": pitched.duration.sum() / sounding_beats(pitched),
             "groove_consistency": 1 - np.mean(changes) if changes else None,
-            "notes_per_beat": len(tune.notes.pitch) / bars[-1],
+            "notes_per_beat": len(pitch) / bars[-1],
             "empty_bars": 1 - len(full) / len(contents),
             "repeated_bars": 1 - len(set(full)) / len(full)}
 
 
-def bar_contents(notes, bars):
-    """For each bar the set of its (onset in the bar, duration, pitch), in 1/12 beats."""
-    bar = np.minimum(np.searchsorted(bars, notes.onset + 1e-3, "right") - 1, len(bars) - 2)
-    columns = np.rint(12 * (notes.onset - bars[bar])), np.rint(12 * notes.duration), notes.pitch
-    contents = [set() for _ in bars[1:]]
-    for b, *note in zip(bar, *columns, strict=True):
-        contents[b].add(tuple(note))
-    return [frozenset(notes) for notes in contents]
-
-
 # --- whether it was copied
 
-def training_shingles(cfg):
-    """Yields (file, its melodic shingles) of each tune that was trained on."""
-    files = [tune["file"] for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl")
-             if tune["split"] == "train" and "leaked" not in tune]
-    with ProcessPool(max_workers=cfg.WORKERS) as pool:
-        shingles = pool.map(text_shingles, files, [cfg] * len(files), chunksize=64).result()
-        yield from zip(files, shingles, strict=True)
-
-
-def text_shingles(file, cfg):
+def training_shingles(file, cfg):
+    """In a worker: the melodic shingles of a tune that was trained on."""
     tune = read_abc(abc_path(file, cfg).read_text("utf-8"))
     return melodic_shingles(tune.notes, are_drums(tune.notes, tune.voices))
 
@@ -5234,33 +5235,30 @@ def find_copies(melodies, cfg):
     "nearest": the training tune that has most of them, "share": how many, "bars": first and last bar of the
     longest passage that is in it too, "notes": its length. None where there is nothing in common.
     """
-    wanted = np.unique(np.concatenate([shingles for shingles, *_ in melodies]))
-    files, rows, columns = [], [], []
-    for file, shingles in training_shingles(cfg):
-        place = np.searchsorted(wanted, shingles)
-        place = place[np.append(wanted, 0)[place] == shingles]  # which of the wanted ones this tune has
-        rows.append(place)
-        columns.append(np.full(len(place), len(files)))
-        files.append(file)
-    rows, columns = np.concatenate(rows), np.concatenate(columns)
-    table = coo_array((np.ones(len(rows), bool), (rows, columns)), (len(wanted), len(files))).tocsr()
-    return [nearest_tune(table[np.searchsorted(wanted, shingles)], files, *bars)
-            for shingles, *bars in melodies]
+    trained = [tune["file"] for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl")
+               if tune["split"] == "train" and "leaked" not in tune]
+    wanted = {shingle for shingles, *_ in melodies for shingle in shingles.tolist()}
+    holders = collections.defaultdict(list)  # of each: the training tunes that have it
+    with ProcessPool(max_workers=cfg.WORKERS) as pool:
+        found = pool.map(training_shingles, trained, [cfg] * len(trained), chunksize=64).result()
+        for file, shingles in zip(trained, found, strict=True):
+            for shingle in wanted.intersection(shingles.tolist()):
+                holders[shingle].append(file)
+    return [nearest_tune(holders, *melody) for melody in melodies]
 
 
-def nearest_tune(shared, files, first, last):
-    """shared (S, training tunes): which shingles of a melody each tune has; its bars -> see find_copies."""
-    counts = shared.sum(0)
-    if not counts.any():
+def nearest_tune(holders, shingles, first, last):
+    files = [holders.get(shingle, []) for shingle in shingles.tolist()]
+    count = Counter(itertools.chain(*files))
+    if not count:
         return {"known": 0.0, "share": 0.0, "nearest": None, "bars": None, "notes": 0}
-    nearest = int(counts.argmax())
-    run, longest, end = 0, 0, 0
-    for i, same in enumerate(shared[:, [nearest]].toarray()[:, 0]):
-        run = same * (1 + run * (i > 0 and first[i] >= first[i - 1]))  # a passage stays in its voice
-        longest, end = max((longest, end), (run, i))
-    return {"known": float((shared.sum(1) > 0).mean()), "share": float(counts[nearest] / shared.shape[0]),
-            "nearest": files[nearest], "bars": [int(first[end - longest + 1]), int(last[end])],
-            "notes": longest + SHINGLE}
+    nearest, most = count.most_common(1)[0]
+    same = np.flatnonzero([nearest in those for those in files])
+    ends = (np.diff(same) > 1) | (np.diff(first[same]) < 0)  # a passage stays in its voice
+    passage = max(np.split(same, np.flatnonzero(ends) + 1), key=len)
+    return {"known": np.mean([bool(those) for those in files]), "share": most / len(files),
+            "nearest": nearest, "bars": [int(first[passage[0]]), int(last[passage[-1]])],
+            "notes": len(passage) + SHINGLE}
 
 
 # --- loss where it matters
@@ -5308,39 +5306,49 @@ def leaked_loss(model, leaked, cfg):
     return dict(zip(("leaked_loss", "leaked_loss_se"), found, strict=True))
 
 
+def draw_places(tested):
+    """Test loss against the place in the window, pale to full by size: what more context brings."""
+    figure, (axes,) = sheet(1, 1)
+    panel(axes, "Test loss by place in the window", "place in the window (characters)", "bits per character")
+    for i, row in enumerate(sorted(tested, key=lambda row: row["n_fit"])):
+        style, spans = FAMILIES[row["run"].partition("_")[0]], row["by_position"]
+        middle = [math.sqrt((span["from"] + 1) * span["to"]) for span in spans]
+        axes.plot(middle, [span["bits"] for span in spans], style.marker + style.line, color=style.colour,
+                  mec="white", alpha=0.3 + 0.7 * (i + 1) / len(tested), label=row["run"])
+    axes.legend(fontsize=8, ncols=2)
+    return figure
+
+
 # --- whether a model finds music likelier than what is nearly music: a measure without sampling
 
-# the first bar with notes in a line: what stands before it, the bar, what comes after it
-FIRST_BAR = re.compile(r"((?:\[V:\d+\]Z\d*\|)*(?:\[V:\d+\])?)([^|\n]*[A-Ga-g][^|\n]*\|)(.*\n)")
+# a line of music: silent voices before the first one that sounds, its bar, the rest
+FIRST_BAR = re.compile(r"^(?P<head>(?:\[V:\d+\]Z\d*\|)*(?:\[V:\d+\])?)(?P<bar>[^|\n]*[A-Ga-g][^|\n]*\|).*\n",
+                       re.M)
 
 
-def twins(text, most, rng):
-    """The beginning of a tune, damaged twins of it, and where they part: ({"true", "pitch", "swap", "loop":
-    text}, place); ({}, 0) if it is too short.
+def twins(text, rng):
+    """A tune and its damaged twins, {"true", "pitch", "swap", "loop": text}, and where they part; ({}, 0) if
+    it is too short.
 
     One bar of the first voice that sounds there: a note is moved by a step or a third ("pitch"), the bar
-    changes places with the next one, or the bar before it takes its place ("loop").
+    changes places with the next one ("swap"), or the bar before it takes its place ("loop").
     """
-    lines = re.findall(r".*\n", text[:most])
-    parts = [list(found.groups()) if found else None for found in map(FIRST_BAR.fullmatch, lines)]
-    whole = [i for i in range(1, len(lines) - 1) if all(parts[i - 1:i + 2])]
-    alike = [i for i in whole if len({head for head, _, _ in parts[i - 1:i + 2]}) == 1]
-    places = [i for i in alike if len({bar for _, bar, _ in parts[i - 1:i + 2]}) == 3]
-    if not places:
+    lines = list(FIRST_BAR.finditer(text))
+    threes = [three for three in zip(lines, lines[1:], lines[2:], strict=False)
+              if three[0].end() == three[1].start() and three[1].end() == three[2].start()
+              and len({line["head"] for line in three}) == 1 and len({line["bar"] for line in three}) == 3]
+    if not threes:
         return {}, 0
-    i = rng.choice(places)
-    before, bar, after = (parts[i + k][1] for k in (-1, 0, 1))
+    _, this, later = three = threes[rng.integers(len(threes))]
+    before, bar, after = (line["bar"] for line in three)
     letters, notes = LETTERS + LETTERS.lower(), [note.start() for note in re.finditer("[A-Ga-g]", bar)]
     note = rng.choice(notes)
     moved = letters[(letters.index(bar[note]) + rng.choice([-2, -1, 1, 2])) % len(letters)]
-
-    def changed(*bars):
-        new = [head + bar + tail for (head, _, tail), bar in zip(parts[i:], bars, strict=False)]
-        return "".join([*lines[:i], *new, *lines[i + len(bars):]])
-
-    texts = {"true": changed(bar), "pitch": changed(bar[:note] + moved + bar[note + 1:]),
-             "swap": changed(after, bar), "loop": changed(before)}
-    return texts, len("".join(lines[:i])) + len(parts[i][0])
+    pairs = {"true": (bar, after), "pitch": (bar[:note] + moved + bar[note + 1:], after),
+             "swap": (after, bar), "loop": (before, after)}
+    place, end = this.start("bar"), this.end("bar")
+    between, rest = text[end:later.start("bar")], text[later.end("bar"):]
+    return {name: text[:place] + one + between + two + rest for name, (one, two) in pairs.items()}, place
 
 
 @torch.inference_mode()
@@ -5348,18 +5356,15 @@ def twin_shares(model, vocab, real, cfg):
     """{damage: share of the real tunes that the model finds likelier than their twin}: by the likelihood of
     the bar in question and the rest of the window."""
     rng, device, likelier = np.random.default_rng(cfg.SEED), next(model.parameters()).device, {}
-    for texts, place in (twins(text, model.seq_len * 7 // 8, rng) for text in real):
-        rows = [vocab.encode(text)[:model.seq_len] for text in texts.values()]
-        if rows:
-            ids = torch.full((len(rows), model.seq_len + 1), START)
-            target = torch.full((len(rows), model.seq_len), -100)  # ignored
-            for i, row in enumerate(rows):
-                ids[i, 1:len(row) + 1] = torch.from_numpy(row)
-                target[i, place:len(row)] = torch.from_numpy(row[place:])
-            logits = model(ids[:, :-1].to(device))[0].float().flatten(0, 1)
-            loss = F.cross_entropy(logits, target.flatten().to(device), reduction="none")
-            true, *damaged = loss.view(len(rows), -1).sum(1).tolist()
-            for name, other in zip(list(texts)[1:], damaged, strict=True):
+    for text in real:
+        texts, place = twins(text[:model.seq_len * 7 // 8].rpartition("\n")[0] + "\n", rng)
+        if texts:
+            rows = [torch.tensor([START, *vocab.encode(twin)])[:model.seq_len + 1] for twin in texts.values()]
+            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100).to(device)
+            logits = model(ids[:, :-1].clamp(min=0))[0].float()
+            losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # 0 for -100
+            true, *damaged = losses[:, place:].sum(1).tolist()
+            for name, other in zip([*texts][1:], damaged, strict=True):
                 likelier.setdefault(name, []).append(true < other)
     return {name: share_of(flags) for name, flags in likelier.items()}
 
@@ -5367,7 +5372,6 @@ def twin_shares(model, vocab, real, cfg):
 # --- samples of every model, judged beside real music
 
 SAMPLE_FOLDERS = ("best_samples", "samples")
-NO_ESTIMATE = {"value": None, "lo": None, "hi": None}
 
 
 def opening(text, most):
@@ -5375,38 +5379,37 @@ def opening(text, most):
     return whole_bars(text[:min(len(text) // 3, most)]) or text[:text.find("|\n") + 2]
 
 
+def named(run, kind, tunes, folder, shown):
+    """Tunes with their "run", "kind", "name", text in complete lines, and "shown", the folder to which the
+    first ones are written; they are not selected.
+    """
+    return [{"run": run, "kind": kind, "name": f"{run}_{kind}_{number:02d}",
+             "shown": folder if number <= shown else "", **tune, "text": complete_lines(tune["text"])}
+            for number, tune in enumerate(tunes, 1)]
+
+
 def write_music(models, best, real, cfg):
-    """Yields the real tunes, then each model's by kind: lists of {"run", "kind", "prompt", "text", "ended"}.
+    """Yields the real tunes, then each model's by kind: lists of {"run", "kind", "prompt", "text", "ended"}
+    and what `named` adds.
 
     Kinds: "unprompted", "valid" (the same, bars drawn again, see `sample`), "same" (every model goes on from
     the same four bars), and of the best model "prompted", with the "real" tune that the prompt is from.
     """
     most = cfg.SAMPLE_CHARS
-    yield [{"run": "real", "kind": "real", "prompt": "", "text": text[:most], "ended": len(text) <= most}
-           for text in real]
+    originals = [{"prompt": "", "text": text[:most], "ended": len(text) <= most} for text in real]
+    yield named("real", "real", originals, "samples", 1)
     for run, (model, vocab, _) in models.items():
         n = cfg.SAMPLES if run == best else min(cfg.SAMPLES, 100)
         prompts = {"unprompted": [""] * n, "valid": [""] * min(n, 100), "same": [first_bars(real[0], 4)]}
         if run == best:
             prompts["prompted"] = [opening(text, most // 2) for text in real]
         for kind, given in prompts.items():
-            found = sample(model, vocab, given, max_chars=most, seed=cfg.SEED, temperature=cfg.TEMPERATURE,
+            tunes = sample(model, vocab, given, max_chars=most, seed=cfg.SEED, temperature=cfg.TEMPERATURE,
                            top_p=cfg.TOP_P, valid=kind == "valid", label=f"{run} {kind}")
-            originals = real if kind == "prompted" else [""] * len(given)
-            yield [{"run": run, "kind": kind, "prompt": prompt, "real": original, **tune,
-                    "text": complete_lines(tune["text"])}
-                   for prompt, original, tune in zip(given, originals, found, strict=True)]
-
-
-def name_shown(tunes, best, cfg):
-    """Adds "name" and "shown", the folder that a tune is written to: of the best model the first SHOWN of
-    each kind, of the others and the real ones the first. They are not selected."""
-    for number, tune in enumerate(tunes, 1):
-        few, folder = (cfg.SHOWN, "best_samples") if tune["run"] == best else (1, "samples")
-        is_shown = number <= few and not (folder == "samples" and tune["kind"] == "valid")
-        tune["name"] = f"{tune['run']}_{tune['kind']}_{number:02d}"
-        tune["shown"] = folder if is_shown else ""
-    return tunes
+            for tune, prompt, text in zip(tunes, given, real if kind == "prompted" else given, strict=True):
+                tune |= {"prompt": prompt, "real": text}
+            where = ("best_samples", cfg.SHOWN) if run == best else ("samples", kind != "valid")
+            yield named(run, kind, tunes, *where)
 
 
 def judge(tune, cfg):
@@ -5414,7 +5417,7 @@ def judge(tune, cfg):
     text = tune["text"] if tune["ended"] else whole_bars(tune["text"])
     if tune["shown"]:
         path = Path(cfg.SAVE_DIR, tune["shown"], tune["name"])
-        write_tune(path, text, tune["prompt"], score=tune["shown"] == "best_samples")
+        write_tune(path, text, tune["prompt"], score=tune["shown"] != "samples")
         if tune["kind"] == "prompted":
             write_tune(f"{path}_real", tune["real"], tune["prompt"])
     parsed = read_abc(text)
@@ -5424,19 +5427,14 @@ def judge(tune, cfg):
             "melody": (shingles, *bars)}
 
 
-def judge_all(groups, best, cfg):
+def judge_all(groups, cfg):
     """All tunes with "check", "metrics" and "copy"; workers judge while more are sampled."""
-    judged, melodies = [], []
     with ProcessPool(max_workers=cfg.WORKERS) as pool:
-        waiting = [(tunes, pool.map(judge, name_shown(tunes, best, cfg), [cfg] * len(tunes)))
-                   for tunes in groups]
-        for tunes, future in waiting:
-            for tune, found in zip(tunes, future.result(), strict=True):  # raises what a judge raised
-                melodies.append(found.pop("melody"))
-                judged.append({**tune, **found})
-    for tune, copied in zip(judged, find_copies(melodies, cfg), strict=True):
-        tune["copy"] = copied
-    return judged
+        waiting = [(tunes, pool.map(judge, tunes, [cfg] * len(tunes))) for tunes in groups]
+        judged = [{**tune, **found} for tunes, future in waiting
+                  for tune, found in zip(tunes, future.result(), strict=True)]  # raises what a judge raised
+    copies = find_copies([tune.pop("melody") for tune in judged], cfg)
+    return [{**tune, "copy": copy} for tune, copy in zip(judged, copies, strict=True)]
 
 
 def share_of(flags):
@@ -5450,39 +5448,42 @@ def mean_of(values, cfg):
     """Mean of the numbers among `values` with a 95 % bootstrap interval over tunes."""
     values = np.array([value for value in values if value is not None], float)
     if len(values) < 2 or np.ptp(values) == 0:
-        return dict(NO_ESTIMATE, value=values.mean() if len(values) else None)
+        return {"value": values.mean() if len(values) else None, "lo": None, "hi": None}
     found = stats.bootstrap((values,), np.mean, n_resamples=cfg.BOOTSTRAP, method="percentile",
                             rng=np.random.default_rng(cfg.SEED)).confidence_interval
     return {"value": values.mean(), "lo": found.low, "hi": found.high}
 
 
-def emergence_row(tunes, copy_limit, cfg):
+def emergence_row(tunes, copy_limit, repeats, cfg):
     """One row of the emergence table. A tune counts as copied that shares more of its melody with one
-    training tune than 95 % of the real held-out tunes do: `copy_limit`."""
+    training tune than 95 % of the real held-out tunes do: `copy_limit`. Of the bars that are equal to the one
+    before, no larger share counts as right than such bars have in held-out tunes, `repeats`: a loop is no
+    success.
+    """
     checks = [tune["check"] for tune in tunes]
-    reasons, complaints = Counter(), Counter()
-    for check in checks:
-        reasons.update(check["reasons"])
-        complaints.update(check["complaints"])
+    bars, right, repeated = (sum(check[key] for check in checks) for key in ("bars", "right", "repeats"))
     row = {"run": tunes[0]["run"], "kind": tunes[0]["kind"], "n": len(tunes),
            "ended": sum(tune["ended"] for tune in tunes),
            "valid": share_of(check["valid"] for check in checks),
            "valid_or_cut": share_of(check["reasons"] in ([], ["cut"]) for check in checks),
-           "reasons": dict(reasons.most_common()), "complaints": dict(complaints.most_common()),
-           "bars_right": 1 - sum(c["bad_bars"] for c in checks) / max(1, sum(c["bars"] for c in checks)),
+           "header": share_of(check["header"] for check in checks),
+           "bars_right": (right - max(0, repeated - repeats * bars)) / max(1, bars),
+           "first_fault": Counter(check["first_fault"] for check in checks if check["first_fault"]),
+           "reasons": Counter(reason for check in checks for reason in check["reasons"]),
+           "complaints": sum((Counter(check["complaints"]) for check in checks), Counter()),
            "known": np.median([tune["copy"]["known"] for tune in tunes]),
            "nearest": np.median([tune["copy"]["share"] for tune in tunes]),
            "copied": share_of(tune["copy"]["share"] > copy_limit for tune in tunes),
            "metrics": {name: mean_of([tune["metrics"].get(name) for tune in tunes], cfg)
                        for name in dict.fromkeys(name for tune in tunes for name in tune["metrics"])}}
     if row["kind"] == "valid":
-        bars = sum(tune["bars"] for tune in tunes)
-        row["tries"] = sum(tune["tries"] for tune in tunes) / bars if bars else None
+        kept = sum(tune["bars"] for tune in tunes)
+        row["tries"] = sum(tune["tries"] for tune in tunes) / kept if kept else None
         row["gave_up"] = sum(tune["gave_up"] for tune in tunes)
     return row
 
 
-@stage(version=3, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP",
+@stage(version=4, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP",
        reads=(extract, tokenize, train), root="SAVE_DIR")
 def evaluate(cfg):
     """Test losses of every model; its tunes, judged, compared with real ones, searched for copies, shown."""
@@ -5508,24 +5509,29 @@ def evaluate(cfg):
                **leaked_loss(models[row["run"]][0], leaked_windows, cfg),
                "likelier_than_twin": twin_shares(models[row["run"]][0], vocab, real[:100], cfg)}
               for row in progress(rows, "test loss", unit="model")]
+    figures = save_figure(draw_places(tested), save, "loss_by_place")
 
-    tunes, groups = judge_all(write_music(models, best, real[:cfg.SAMPLES], cfg), best, cfg), {}
+    tunes, groups = judge_all(write_music(models, best, real[:cfg.SAMPLES], cfg), cfg), {}
     for tune in tunes:
         groups.setdefault((tune["run"], tune["kind"]), []).append(tune)
     limit = float(np.quantile([tune["copy"]["share"] for tune in groups["real", "real"]], 0.95))
-    table = [emergence_row(group, limit, cfg) for (_, kind), group in groups.items() if kind != "same"]
+    counts = [count_bars(complete_lines(text)) for text in real]
+    repeats = sum(count["repeats"] for count in counts) / max(1, sum(count["bars"] for count in counts))
+    table = [emergence_row(group, limit, repeats, cfg) for (_, kind), group in groups.items()
+             if kind != "same"]
 
     for folder in SAMPLE_FOLDERS:
         write_json(save / folder / "metadata.json", [tune for tune in tunes if tune["shown"] == folder])
     write_jsonl(save / "samples.jsonl", tunes)
     write_json(save / "evaluation.json", {
         "models": tested, "best": best, "test_chars": test_windows.counted, "sample_chars": cfg.SAMPLE_CHARS,
-        "copy_limit": limit, "music": table})
+        "copy_limit": limit, "repeated_bars_of_real": repeats, "music": table})
     for row in table:
         if row["run"] in ("real", best):
             say(f"  {row['run']:12s} {row['kind']:12s} {row['valid']['value']:.0%} of {row['n']} tunes valid,"
                 f" {row['valid_or_cut']['value']:.0%} as far as they went in {cfg.SAMPLE_CHARS:,} characters")
-    return [save / "evaluation.json", save / "samples.jsonl", *(save / folder for folder in SAMPLE_FOLDERS)]
+    return [save / "evaluation.json", save / "samples.jsonl", *figures,
+            *(save / folder for folder in SAMPLE_FOLDERS)]
 
 
 # --- tunes as files: text, MIDI, sound, piano roll, score
@@ -5565,8 +5571,7 @@ def say_if_mute():
 
 def heard_from(tune, prompt):
     """(second at which the sound of a tune begins, bars that its prompt gave)."""
-    given_bars = read_abc(whole_bars(prompt)).n_bars
-    bars = bar_starts(tune)
+    given_bars, bars = read_abc(whole_bars(prompt)).n_bars, bar_starts(tune)
     return float(seconds_at(tune, bars[max(0, min(given_bars, len(bars) - 1) - 2)])), given_bars
 
 
@@ -5589,7 +5594,6 @@ def render_sound(midi, begin=0.0):
     score = score.clip(begin, begin + SOUND_SECONDS, clip_end=True).shift_time(-begin)
     if not score.note_num():
         return np.zeros(0), 0
-
     score.markers.append(symusic.TextMeta(score.end() + 2, "end", "second"))
     wav = midirenderer.render_wave_from(soundfont.read_bytes(), score.to("tick").dumps_midi())
     wave, rate = soundfile.read(io.BytesIO(wav), always_2d=True)
@@ -5606,44 +5610,35 @@ def draw_roll(tune, begin=0.0, given_bars=0):
     """
     notes, bars = tune.notes, bar_starts(tune)
     start, end = (seconds_at(tune, beats) - begin for beats in (notes.onset, notes.onset + notes.duration))
-    lines = seconds_at(tune, bars) - begin
     seen = np.flatnonzero((start > -1e-6) & (start < SOUND_SECONDS))
     if not len(seen):
         return ""
-
     length = min(max(end[seen].max(), 1), SOUND_SECONDS)
-    low, high = int(notes.pitch[seen].min()) - 2, int(notes.pitch[seen].max()) + 2
-    x, row = ROLL_WIDTH / length, (ROLL_HEIGHT - 16) / (high - low)
-    inside = [bar for bar, second in enumerate(lines) if -1e-6 < second < length]
-    every = math.ceil(len(inside) / 16)
+    low, high = notes.pitch[seen].min() - 2, notes.pitch[seen].max() + 2
+    x, y = ROLL_WIDTH / length, (ROLL_HEIGHT - 16) / (high - low)  # of a second, of a semitone
+    lines, join = (seconds_at(tune, bars) - begin) * x, min(given_bars, len(bars) - 1)
+    inside = np.flatnonzero((lines > -1e-6) & (lines < ROLL_WIDTH))
 
-    shapes = []
-    for bar in inside:
-        at, number = lines[bar] * x, bar + 1
-        shapes.append(f'<path d="M{at:.1f} 0V{ROLL_HEIGHT - 14}" stroke="#8884"/>')
-        if bar % every == 0 and bar < len(bars) - 1:
-            shapes.append(f'<text x="{at + 2:.1f}" y="{ROLL_HEIGHT - 3}">{number}</text>')
-    for octave in range(math.ceil(low / 12), high // 12 + 1):
-        y = (high - 12 * octave) * row
-        shapes.append(f'<path d="M0 {y:.1f}H{ROLL_WIDTH}" stroke="#8884"/>'
-                      f'<text x="2" y="{y - 2:.1f}">C{octave - 1}</text>')
-
-    join = bars[min(given_bars, len(bars) - 1)]
+    paths = [f"M{lines[bar]:.1f} 0V{ROLL_HEIGHT - 14}" for bar in inside]
+    words = [(lines[bar] + 2, ROLL_HEIGHT - 3, bar + 1) for bar in inside[::math.ceil(len(inside) / 16)]
+             if bar < len(bars) - 1]
+    for c in range(math.ceil(low / 12), high // 12 + 1):
+        paths.append(f"M0 {(high - 12 * c) * y:.1f}H{ROLL_WIDTH}")
+        words.append((2, (high - 12 * c) * y - 2, f"C{c - 1}"))
+    shapes = [f'<path d="{"".join(paths)}" stroke="#8884"/>']
+    shapes += [f'<text x="{left:.1f}" y="{low:.1f}">{word}</text>' for left, low, word in words]
     for i in seen:
-        new = notes.onset[i] > join - 1e-6
-        colour = VOICE_COLOURS[notes.voice[i] % len(VOICE_COLOURS)] if new else GIVEN_COLOUR
-        width = max((min(end[i], length) - start[i]) * x - 0.6, 1)
-        y = (high - notes.pitch[i] - 0.5) * row
-        shapes.append(f'<rect x="{start[i] * x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{row * 0.9:.1f}"'
-                      f' fill="{colour}"/>')
+        given = notes.onset[i] < bars[join] - 1e-6
+        colour = GIVEN_COLOUR if given else VOICE_COLOURS[notes.voice[i] % len(VOICE_COLOURS)]
+        width, top = (min(end[i], length) - start[i]) * x - 0.6, (high - notes.pitch[i] - 0.5) * y
+        shapes.append(f'<rect x="{start[i] * x:.1f}" y="{top:.1f}" width="{max(width, 1):.1f}"'
+                      f' height="{0.9 * y:.1f}" fill="{colour}"/>')
     if given_bars:
-        at = (float(seconds_at(tune, join)) - begin) * x
-        shapes.append(f'<path d="M{at:.1f} 0V{ROLL_HEIGHT}" stroke="currentColor" stroke-dasharray="4 3"/>')
+        shapes.append(f'<path d="M{lines[join]:.1f} 0v150" stroke="currentColor" stroke-dasharray="4 3"/>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" class="roll" viewBox="0 0 {ROLL_WIDTH} {ROLL_HEIGHT}"'
-            f' preserveAspectRatio="none"'
-            f' data-seconds="{length:.3f}" font-family="sans-serif" font-size="13" fill="currentColor"'
-            f' role="img" aria-label="Piano roll">{"".join(shapes)}'
-            f'<path class="head" d="M0 0V{ROLL_HEIGHT}" stroke="currentColor" stroke-width="0"/></svg>')
+            f' preserveAspectRatio="none" data-seconds="{length:.3f}" font-family="sans-serif" font-size="13"'
+            f' fill="currentColor" role="img" aria-label="Piano roll">{"".join(shapes)}'
+            f'<path class="head" d="M0 0v150" stroke="currentColor" stroke-width="0"/></svg>')
 
 
 def engrave(tune, midi, most=SCORE_BARS):
@@ -5676,15 +5671,14 @@ def engrave(tune, midi, most=SCORE_BARS):
         humdrum = lytk.to_humdrum(lytk.from_midi_bytes(score.dumps_midi())).replace('*I"Track 1', "*")
     except lytk.LytkError:
         return None
-    if shown < len(bars) - 1:
-        humdrum = humdrum.replace("==", "=")  # it does not end here
-    if not page.loadData(humdrum):
+    cut = shown < len(bars) - 1
+    if not page.loadData(humdrum.replace("==", "=") if cut else humdrum):  # a final bar line at the end only
         return None
     picture = re.sub(r">\s+<", "><", page.renderToSVG(1))
     if len(picture) > SCORE_BYTES and shown > 1:
         return engrave(tune, midi, shown // 2)
 
-    left_out = [f"bars {shown + 1} to {len(bars) - 1}"] * (shown < len(bars) - 1)
+    left_out = [f"bars {shown + 1} to {len(bars) - 1}"] * cut
     left_out += ["the drums"] * any(drum for _, drum in tune.voices)
     left_out += [f"{len(voices) - SCORE_STAVES} more voices"] * (len(voices) > SCORE_STAVES)
     said = f"Left out: {', '.join(left_out)}." if left_out else "The whole tune."
@@ -5712,7 +5706,7 @@ def read_prompt(prompt, cfg, bars=8, vocab=None):
     try:
         score = read_score(read_foreign(prompt))
         text = score_to_abc(score, cfg)["abc"]
-        strange = set(SOUND.findall(text)) - set(vocab.sounds if vocab else SOUND.findall(text))
+        strange = set(SOUND.findall(text)) - set(vocab.sounds) if vocab else ()
         if strange:
             say(f"prompt    only the melody of {prompt} is taken, without its instrument: training had no "
                 f"{', '.join(sorted(strange))}")
@@ -5748,68 +5742,50 @@ def melody_voice(score):
 def compose(cfg, count, prompt="", valid=False, bars=8):
     """Writes tunes by the best model, see write_tune, and a page of players to a new folder
     SAVE_DIR/my_samples/<prompt>_<seed>/; prints of each its path, what is new in it, and the verdict."""
-    need(count > 0, "--sample takes a number of tunes above 0")
     runs = read_json(Path(cfg.SAVE_DIR, "scaling_results.json"), {"runs": []})["runs"]
     need(runs, f"there is no trained model in {cfg.SAVE_DIR}; run the study first")
     best = min((row for row in runs if row["main"]), key=lambda row: row["val_loss"])
     model, vocab, _ = load(Path(cfg.SAVE_DIR, best["checkpoint"]), cfg.DEVICE)
     name = best["run"] if is_abc_text(prompt) else re.sub(r"\W+", "_", Path(prompt).stem)[:40]
-    prompt = read_prompt(prompt, cfg, bars, vocab)
-    home = Path(cfg.SAVE_DIR, "my_samples")
+    prompt, home = read_prompt(prompt, cfg, bars, vocab), Path(cfg.SAVE_DIR, "my_samples")
     seed = next(seed for seed in itertools.count(cfg.SEED) if not (home / f"{name}_{seed}").exists())
     tunes = sample(model, vocab, [prompt] * count, max_chars=cfg.SAMPLE_CHARS, temperature=cfg.TEMPERATURE,
                    top_p=cfg.TOP_P, seed=seed, valid=valid)
     folder, shown = home / f"{name}_{seed}", []
     folder.mkdir(parents=True)
     say_if_mute()
-    for i, tune in enumerate(tunes, 1):
-        path = folder / f"{best['run']}_{i:02d}"
-        tune |= {"text": complete_lines(tune["text"]), "name": path.name, "prompt": prompt,
-                 "kind": "yours" if prompt else "unprompted"}
-        tune["check"] = check_abc(tune["text"], tune["ended"], prompt)
-        write_tune(path, tune["text"] if tune["ended"] else whole_bars(tune["text"]), prompt, score=True)
-        print(f"{path}.mid  {tune_in_words(tune, cfg)}")
-        shown.append(show_tune(path, tune))
+    kind = "yours" if prompt else "unprompted"
+    for tune in named(best["run"], kind, tunes, f"my_samples/{folder.name}", count):
+        tune["prompt"] = prompt
+        shown.append(show_tune(folder / tune["name"], tune | judge(tune, cfg)))
+        print(f"{folder / tune['name']}.mid  {shown[-1]['news']}")
     lead = f"By {model_name(best['run'])}. Grey notes were given; a click into a picture plays from there."
     write_page(folder / "index.html", f"New music: {name}", lead, groups=[("Tunes", "", shown, "cards")])
     print(f"players   {folder / 'index.html'}")
-
-
-def tune_in_words(tune, cfg):
-    """What is new in a tune, and whether it is valid, in one line."""
-    check = tune["check"]
-    given, found = read_abc(whole_bars(tune["prompt"])), read_abc(whole_bars(tune["text"]))
-    verdict = ", ".join(check["reasons"]) or "valid"
-    verdict = f"valid, cut after {cfg.SAMPLE_CHARS:,} characters" if check["reasons"] == ["cut"] else verdict
-    if "silent" in check["reasons"]:
-        return f"the model added almost nothing ({verdict})"
-    if not given.n_bars:
-        return f"{check['bars']} bars, {verdict}"
-    at = float(seconds_at(found, bar_starts(found)[given.n_bars]))
-    return (f"yours: bars 1-{given.n_bars}, new from {playing_time(at)}, "
-            f"{check['bars'] - given.n_bars} bars, {verdict}")
 
 
 # ============================================================================================================
 # 10 Report and main: every JSON of the run -> runs_lakh/report.html
 # ============================================================================================================
 # One page for two readers. A musician finds three players on the first screen, then every shown tune as a
-# card. A researcher finds five bullets, figures, tables and a checklist. All of it comes from the run's JSON
-# and the files of the tunes: nothing is typed by hand, nothing is fetched, and text from files is escaped.
-# The one script moves a line over the piano rolls, lights up notes and seeks; without it the page is whole.
+# card. A researcher finds what the study found in sentences, then figures, tables and a checklist. All of it
+# comes from the run's JSON and the files of the tunes: nothing is typed by hand, nothing is fetched, and text
+# from files is escaped. A section is (title, sentences, figures, caption, tables, note); a table is a caption
+# and rows {name that people read: value}. The one script moves a line over the piano rolls, lights up notes
+# and seeks; without it the page is whole.
 
 SCRIPT = """
-for (const figure of document.querySelectorAll('.play')) {
-  const audio = figure.querySelector('audio'), roll = figure.querySelector('svg')
+for (const box of document.querySelectorAll('.play')) {
+  const audio = box.querySelector('audio'), roll = box.querySelector('svg')
   if (!audio || !roll) continue
-  figure.classList.add('live')
-  const scale = roll.viewBox.baseVal.width / roll.dataset.seconds, head = roll.querySelector('.head')
-  const notes = [...roll.querySelectorAll('rect')], starts = notes.map(note => +note.getAttribute('x'))
-  const ends = notes.map((note, i) => starts[i] + +note.getAttribute('width'))
+  const head = roll.querySelector('.head'), seconds = roll.dataset.seconds
   const show = () => {
-    const x = audio.currentTime * scale
+    const x = audio.currentTime / seconds * roll.viewBox.baseVal.width
     head.setAttribute('transform', `translate(${x})`)
-    notes.forEach((note, i) => note.classList.toggle('lit', !audio.paused && starts[i] <= x && x < ends[i]))
+    for (const note of roll.querySelectorAll('rect')) {
+      const start = note.x.baseVal.value, sounds = start <= x && x < start + note.width.baseVal.value
+      note.classList.toggle('lit', sounds && !audio.paused)
+    }
     if (!audio.paused) requestAnimationFrame(show)
   }
   audio.onseeked = audio.onpause = show
@@ -5818,57 +5794,43 @@ for (const figure of document.querySelectorAll('.play')) {
     show()
   }
   roll.onclick = click => {
-    const box = roll.getBoundingClientRect()
-    audio.currentTime = (click.clientX - box.left) / box.width * roll.dataset.seconds
+    audio.currentTime = click.offsetX / roll.clientWidth * seconds
     audio.play()
   }
+  box.classList.add('live')
 }
-for (const box of document.querySelectorAll('.scroll'))
-  if (box.scrollWidth <= box.clientWidth) box.classList.add('fits')
 """
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2733; --paper: #fff; --line: #8884; --accent: #0072b2 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #d8dee6; --paper: #14181d; --accent: #56b4e9 }
-  img { background: #fff; filter: brightness(.88) } img.score { background: none; filter: invert(.85) }
-  .roll rect { filter: brightness(1.4) }
-}
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 64rem;
-  margin: 0 auto; padding: .8rem 1rem; overflow-wrap: break-word }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: .2rem 0 } a { color: var(--accent) }
+:root { color-scheme: light dark; --line: #8884; --accent: light-dark(#0072b2, #56b4e9) }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: .8rem 1rem;
+  overflow-wrap: break-word }
+h1 { font-size: 1.5rem; line-height: 1.2; margin: .2rem 0 } a { color: var(--accent) }
 h2 { margin: 2.6rem 0 .6rem; border-bottom: 2px solid var(--accent) }
-h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } p { margin: .5rem 0 } summary { cursor: pointer }
-.note { font-size: .88rem; opacity: .85 } .lead { font-size: 1.1rem }
-figure { margin: .4rem 0 } img, svg { max-width: 100%; height: auto; display: block }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } .note { font-size: .88rem; opacity: .85 }
+p, figure { margin: .4rem 0 } img, svg { max-width: 100%; height: auto; display: block }
 audio { width: 100%; height: 2.4rem } .part img { max-width: min(46rem, 100%) } .narrow { display: none }
-.cards { display: grid; gap: 1rem; align-items: start;
-  grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)) }
-.card { border: 1px solid var(--line); border-radius: 6px; padding: .7rem; min-width: 0 }
-.card h3 { margin-top: 0 } .card p { margin: .25rem 0; font-size: .9rem }
-.first { display: grid; gap: .3rem 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)) }
-.first .roll { height: 56px } .first text { display: none } .first p { margin: 0; font-size: .9rem }
-.row { display: flex; gap: 1rem; overflow-x: auto; padding-bottom: .5rem } .row .card { flex: 0 0 16rem }
-.roll { border: 1px solid var(--line); border-radius: 4px; width: 100%; box-sizing: border-box }
-.live .roll { cursor: pointer } .live .head { stroke-width: 1.5 } .lit { fill: var(--ink) }
-.scroll { overflow-x: auto; margin: .3rem 0 }
-.scroll:not(.fits)::before { content: "A wide table scrolls sideways."; font-size: .8rem; opacity: .8 }
-table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums }
+.cards, .first { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr));
+  align-items: start }
+.first { gap: .3rem 1rem } .first .roll { height: 56px } .first text { display: none } .first p { margin: 0 }
+.row { display: flex; gap: 1rem; overflow-x: auto } .row .card { flex: 0 0 16rem }
+.card { border: 1px solid var(--line); border-radius: 6px; padding: .7rem; min-width: 0; font-size: .9rem }
+.roll { border: 1px solid var(--line); width: 100%; box-sizing: border-box } .lit { fill: CanvasText }
+.live .roll { cursor: pointer } .live .head { stroke-width: 1.5 } .card h3 { margin: 0 }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .84rem }
 th, td { padding: .22rem .4rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
-th { min-width: 3rem } td.words { text-align: left; min-width: 15rem } td.number { white-space: nowrap }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
-pre { background: #8881; padding: .6rem; font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere;
-  max-height: 22rem; overflow-y: auto }
-@media (max-width: 40rem) { .wide { display: none } .narrow { display: block } h1 { font-size: 1.3rem }
-  .lead { font-size: 1rem } }
-@media print { :root { --ink: #000; --paper: #fff } body { max-width: none; font-size: 10px; padding: 0 }
-  audio, details, .scroll::before { display: none } .scroll { overflow: visible } table { font-size: 7.5px }
-  td.number { white-space: normal } figure, tr, .card { break-inside: avoid } .row { flex-wrap: wrap }
-  img { filter: none } h2, h3 { break-after: avoid } }
+td { white-space: nowrap } td.words { text-align: left; white-space: normal; min-width: 15rem }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas }
+pre { background: #8881; padding: .6rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto }
+@media (max-width: 40rem) { .wide { display: none } .narrow { display: block } }
+@media (prefers-color-scheme: dark) { .score { filter: invert(.85) } .roll rect { filter: brightness(1.4) } }
+@media print { audio, details { display: none } .scroll { overflow: visible } table { font-size: 7.5px }
+  td { white-space: normal } figure, tr, .card { break-inside: avoid } .row { flex-wrap: wrap } }
 """
-TABLE = """{%- macro table(caption, rows) %}{% if rows %}<h3>{{ caption }}</h3><div class="scroll"><table>
-<tr>{% for name in rows[0] %}<th scope="col">{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for value in row.values() %}{% set cell = value | show %}
-<td class="{{ 'words' if cell | length > 30 else 'number' }}">{{ cell }}</td>{% endfor %}</tr>
+TABLE = """{%- macro table(caption, rows) %}{% if rows %}<h3>{{ caption }}</h3>
+{% if rows[0] | length > 7 %}<p class="note">A wide table: where it does not fit, it scrolls.</p>{% endif %}
+<div class="scroll"><table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for name, value in row.items() %}{% set cell = value | show("%" in name) %}
+<td{% if cell | length > 40 %} class="words"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endif %}{% endmacro %}
 """
 PAGE = TABLE + """<!doctype html>
@@ -5889,187 +5851,210 @@ PAGE = TABLE + """<!doctype html>
 <img class="score" src="{{ tune.svg }}" alt="Score of {{ tune.title }}"></details>{% endif %}
 <details><summary>ABC</summary><pre>{{ tune.abc }}</pre></details></div>{% endmacro %}
 <h1>{{ title }}</h1>
-<p class="lead">{{ lead }}</p>
+<p>{{ lead }}</p>
 <div class="first">{% for label, tune in first %}<div><p><strong>{{ label }}</strong><br>{{ tune.short }}</p>
 {{ player(tune) }}</div>{% endfor %}</div>
 <p class="note">{% for name, value in about.items() %}{{ name }}: {{ value }}.
 {% endfor %}</p>
 {% for title, text, tunes, form in groups if tunes %}<h2>{{ title }}</h2><p>{{ text }}</p>
 <div class="{{ form }}">{% for tune in tunes %}{{ card(tune) }}{% endfor %}</div>{% endfor %}
-{% for title, bullets, figures, caption, tables, notes in sections %}<h2>{{ title }}</h2>
-<ul>{% for text in bullets %}<li>{{ text }}</li>{% endfor %}</ul>
-{% for figure, form in figures if figure -%}
+{% for title, sentences, figures, caption, tables, note in sections %}<h2>{{ title }}</h2>
+<ul>{% for text in sentences %}<li>{{ text }}</li>{% endfor %}</ul>
+{% for figure, form in figures -%}
 <figure class="{{ form }}"><img src="{{ figure }}" alt="{{ caption }}"></figure>{% endfor %}
 <p class="note">{{ caption }}</p>{% for caption, rows in tables %}{{ table(caption, rows) }}{% endfor %}
-<p class="note">{{ notes }}</p>{% endfor %}
-{% if cite %}<h2>Cite</h2><pre>{{ cite }}</pre><details><summary>All knobs of the training</summary><pre>
-{%- for name, value in knobs.items() %}{{ name }} = {{ value }}
-{% endfor %}</pre></details>{% endif %}
+<p class="note">{{ note }}</p>{% endfor %}
+{% if cite %}<h2>Cite</h2><pre>{{ cite }}</pre>{% endif %}
 <script>{{ script }}</script></body></html>
 """
-FAULTS = {  # what check_abc names, in words
+WORDS = {  # for people: what check_abc names, and the kinds of samples
     "bar_length": "bars that do not add up", "open_tie": "a tie that leads nowhere", "cut": "cut off",
     "open_bracket": "an open bracket", "open_tuplet": "an unfinished tuplet", "bad_char": "stray characters",
     "no_bar_line": "a missing bar line", "silent_bars": "voices out of step", "silent": "hardly anything new",
-    "abc2midi_error": "abc2midi finds an error", "other_notes": "abc2midi hears other notes"}
-SAMPLE_KINDS = {"real": "real", "unprompted": "begun from nothing", "prompted": "continued",
-                "valid": "bars redrawn", "yours": "goes on from yours", "same": "four bars continued"}
+    "no_header": "no header", "mostly_rests": "mostly rests", "bad_field": "a field that can't be read",
+    "abc2midi_error": "abc2midi finds an error", "other_notes": "abc2midi hears other notes",
+    "unprompted": "begun from nothing", "prompted": "continued", "valid": "bars redrawn",
+    "yours": "goes on from yours", "same": "four bars continued"}
 LICENCES = {FOLK: "public domain", "The Session": "Open Database License", "Lakh": "CC BY 4.0"}
-NETWORKS = {
+# Columns of tables, {name: key in the rows}; what has % in its name is a share
+LAW = {"family": "family", "alpha": "alpha", "c": "c", "verdict": "status"}
+SURFACE = {"family": "family", "alpha": "alpha", "beta": "beta", "E": "E", "verdict": "status"}
+PREDICTION = {
+    "network": "model", "stated at": "stated_at", "predicted": "predicted", "reached": "observed",
+    "verdict": "verdict", "error, %": "error", "of the last step, %": "share_of_last_step",
+    "a ruler's error, %": "ruler_error", "persistence's, %": "persistence_error"}
+PLAN = {"family": "family", "hours": "hours", "N": "n", "D, characters": "d", "loss": "loss"}
+NETWORK = {
     "network": "run", "N": "n_fit", "D, characters": "tokens", "epochs": "epochs",
     "validation loss": "val_loss", "FLOPs": "flops", "characters/s": "tokens_per_s", "seconds": "wall_s"}
-LOSSES = {
-    "network": "run", "nats/character": "test_loss", "\u00b1 s.e.": "test_loss_se",
-    "bits/character": "test_bpc", "bits/note": "bits_per_note", "bits/second of music": "bits_per_second",
+LOSS = {
+    "network": "run", "bits/note": "bits_per_note", "nats/character": "test_loss", "s.e.": "test_loss_se",
+    "bits/character": "test_bpc", "bits/second of music": "bits_per_second",
     "nats/character, near-duplicates of trained tunes": "leaked_loss"}
+MUSIC = {
+    "network": "run", "tunes": "kind", "n": "n", "valid, %": "valid", "valid or cut, %": "valid_or_cut",
+    "bars right, %": "bars_right", "whole header, %": "header", "tries a bar": "tries", "copies, %": "copied",
+    "first faults": "first_fault"}
+SPLIT = {
+    "part": "part", "tunes": "tunes", "clusters": "groups", "characters": "chars", "notes": "notes",
+    "seconds": "seconds", "unknown characters": "unknown", "set aside": "set aside"}
 
 
-def show(value):
-    """A table cell: thousands grouped, four digits, a dash for what is not known, "value [lo, hi]"."""
+def show(value, as_percent=False, digits=4):
+    """A value of a JSON file for people: rounded, thousands grouped, "value [lo, hi]", names in words, of
+    counts the first two, a dash for what is not known.
+    """
+    if isinstance(value, dict) and "value" not in value:
+        return ", ".join(f"{show(name)} {count}" for name, count in [*value.items()][:2])
     if isinstance(value, dict):
-        ends = ["open" if value[end] is None else show(float(f"{value[end]:.3g}")) for end in ("lo", "hi")]
-        return f"{show(value['value'])} [{', '.join(ends)}]" if value["value"] is not None else show(None)
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "\u2013"}[value]
-    if isinstance(value, int) or (isinstance(value, float) and abs(value) >= 1_000):
-        return f"{value:,.0f}"
-    return f"{value:.4g}" if isinstance(value, float) else value
+        ends = ["open" if value[end] is None else show(value[end], as_percent, 3) for end in ENDS]
+        return "{} [{}, {}]".format(*ends) if value["value"] is not None else "\u2013"
+    if isinstance(value, str):
+        return WORDS.get(value) or model_name(value)
+    if value is None:
+        return "\u2013"
+    if isinstance(value, float):
+        value = float(f"{100 * value if as_percent else value:.{digits}g}")
+    return f"{value:,.10g}"
 
 
-def rounded(estimate, digits=2, scale=1):
-    """A number, or one with its interval, times `scale`, as the text of a cell."""
-    ends = estimate if isinstance(estimate, dict) else {"value": estimate}
-    ends = {key: end if end is None else round(scale * end, digits) for key, end in ends.items()}
-    return show(ends if isinstance(estimate, dict) else ends["value"])
+def table_of(rows, columns):
+    """Rows of a JSON file -> rows of a table. A key whose ends are known by key_lo and key_hi has them."""
+    def cell(row, key):
+        ends = {"value": row.get(key), "lo": row.get(f"{key}_lo"), "hi": row.get(f"{key}_hi")}
+        return ends if f"{key}_lo" in row else row.get(key)
 
-
-def percent(share):
-    return rounded(share, 1, 100)
+    return [{name: cell(row, key) for name, key in columns.items()} for row in rows]
 
 
 def playing_time(seconds):
     return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
-def family_name(family):
-    return FAMILIES[family].label
-
-
 def model_name(run):
-    """gpt_1M -> Transformer 1M."""
+    """gpt_1M -> Transformer 1M, gpt -> Transformer, anything else as it is."""
     family, _, size = run.partition("_")
-    return f"{family_name(family)} {size}" if size else run
+    return f"{FAMILIES[family].label} {size}".strip() if family in FAMILIES else run
 
 
-def page_template(source):
-    """A template that escapes what it is given and fails for what it lacks."""
+def render(source, **content):
+    """A page, or a part of it, that escapes what it is given and fails for what it lacks."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["show"] = show
-    return environment.from_string(source)
+    return environment.from_string(source).render(content)
 
 
 def html_table(caption, rows):
     """A table of the report page by itself, for notebooks; rows are dicts of one set of keys."""
-    return page_template(TABLE + "{{ table(caption, rows) }}").render(caption=caption, rows=rows)
+    return render(TABLE + "{{ table(caption, rows) }}", caption=caption, rows=rows)
 
 
-def write_page(path, title, lead, **content):
-    """Writes a page that needs no other file; of the parts that PAGE has, those in `content`."""
-    content = {"first": [], "about": {}, "groups": [], "sections": [], "cite": "", "knobs": {}} | content
+def write_page(path, title, lead, groups, first=(), about=None, sections=(), cite=""):
+    """Writes a page that needs no other file, of the parts that PAGE has."""
     script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    write_text(path, page_template(PAGE).render(
-        content, title=title, lead=lead, style=Markup(STYLE), script=Markup(SCRIPT), script_hash=script_hash))
+    write_text(path, render(PAGE, title=title, lead=lead, groups=groups, first=first, about=about or {},
+                            sections=sections, cite=cite, style=Markup(STYLE), script=Markup(SCRIPT),
+                            script_hash=script_hash))
 
 
 def data_uri(path):
     """A file as an address that needs no network; None where there is no such file."""
     kinds = {".png": "image/png", ".svg": "image/svg+xml", ".mp3": "audio/mpeg", ".mid": "audio/midi",
              ".abc": "text/vnd.abc"}
-    if not path.exists():
-        return None
-    return f"data:{kinds[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    if path.exists():
+        return f"data:{kinds[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 # --- tunes
 
-def show_tune(path, tune, title=""):
-    """What the page shows of a tune (a row of metadata.json) that write_tune wrote to `path`."""
+def show_tune(path, tune):
+    """What a page shows of a tune (a row of metadata.json) that write_tune wrote to `path`; "news" is what a
+    terminal says.
+    """
     files = {kind: Path(f"{path}.{kind}") for kind in ("abc", "mid", "mp3", "svg")}
     text = files["abc"].read_text("utf-8")
-    parsed = read_abc(text)
+    parsed, reasons = read_abc(text), tune["check"]["reasons"]
     begin, given_bars = heard_from(parsed, tune["prompt"])
     end = float(seconds_at(parsed, end_of_notes(parsed.notes)))
-    key = f"{parsed.key[:-1]} minor" if parsed.key.endswith("m") else f"{parsed.key} major"
-    metre = "/".join(map(str, parsed.metres[0][1:])) if parsed.metres else "no metre"
-
     until = min(begin + SOUND_SECONDS, end)
     heard = "all" if begin == 0 and until == end else f"{playing_time(begin)} to {playing_time(until)}"
+    kind = f"{parsed.key.removesuffix('m')} {'minor' if parsed.key.endswith('m') else 'major'}"
+    kind += f", {parsed.metres[0][1]}/{parsed.metres[0][2]}" if parsed.metres else ""
+    score = files["svg"].read_text("utf-8") if files["svg"].exists() else "<desc></desc>"
     heard += f" of {playing_time(end)}"
-    score = files["svg"].read_text("utf-8") if files["svg"].exists() else ""
-    left_out = re.search("<desc>(.*?)</desc>", score)
-    number, kind = int(tune["name"].rpartition("_")[2]), SAMPLE_KINDS[tune["kind"]]
-    return {"name": tune["name"], "title": title or f"Tune {number}, {kind}, {key}, {metre}",
-            "short": f"{key}, {metre}, {heard}", "heard": f"Heard: {heard}.",
-            "verdict": verdict_in_words(tune, parsed), "is_valid": tune["check"]["valid"], "abc": text,
-            "roll": Markup(draw_roll(parsed, begin, given_bars)), "nearest": nearest_in_words(tune),
-            "left_out": html.unescape(left_out[1]) if left_out else "", "original": None,
+    number = int(tune["name"].rpartition("_")[2])
+    return {"name": tune["name"], "title": f"Tune {number}, {show(tune['kind'])}, {kind}",
+            "short": f"{kind}, {heard}", "heard": f"Heard: {heard}.",
+            "verdict": verdict_in_words(reasons, parsed), "news": news_in_words(reasons, parsed, given_bars),
+            "is_valid": not reasons, "abc": text, "roll": Markup(draw_roll(parsed, begin, given_bars)),
+            "nearest": nearest_in_words(tune), "original": None,
+            "left_out": html.unescape(re.search("<desc>(.*?)</desc>", score)[1]),
             "mp3": data_uri(files["mp3"]), "svg": data_uri(files["svg"]),
             "links": {f".{kind}": data_uri(files[kind]) for kind in ("mid", "abc")}}
 
 
-def verdict_in_words(tune, parsed):
+def verdict_in_words(reasons, parsed):
     """Whether a tune is valid, and if not, what is wrong in which bar."""
+    if not reasons:
+        return "Valid."
     found = []
-    for reason in tune["check"]["reasons"]:
+    for reason in reasons:
         bars = sorted({fault.bar + 1 for fault in parsed.faults if fault.reason == reason})
         where = f" (bar {', '.join(map(str, bars[:4]))}{' ...' * (len(bars) > 4)})" if bars else ""
-        found.append(FAULTS.get(reason, reason.replace("_", " ")) + where)
-    return f"Not valid: {'; '.join(found)}." if found else "Valid."
+        found.append(WORDS.get(reason, reason.replace("_", " ")) + where)
+    return f"{'As far as it goes valid' if reasons == ['cut'] else 'Not valid'}: {'; '.join(found)}."
+
+
+def news_in_words(reasons, parsed, given_bars):
+    """What is new in a tune that goes on from so many bars, in one line."""
+    verdict = f"{parsed.n_bars - given_bars} bars. {verdict_in_words(reasons, parsed)}"
+    if "silent" in reasons:
+        return f"the model added almost nothing: {verdict}"
+    if not given_bars:
+        return verdict
+    join = seconds_at(parsed, bar_starts(parsed)[given_bars])
+    return f"yours: bars 1-{given_bars}, new from {playing_time(join)}: {verdict}"
 
 
 def nearest_in_words(tune):
     """The training tune that a tune has most in common with."""
-    copied = tune.get("copy")
-    if not copied:
+    if not tune.get("copy"):
         return ""
-    if not copied["nearest"]:
+    if not tune["copy"]["nearest"]:
         return f"No {SHINGLE + 1} notes on end in common with any training tune."
-    first, last = copied["bars"]
-    return (f"Nearest training tune: {copied['nearest']}, with {copied['share']:.0%} of this melody; longest "
-            f"passage in common: bars {first} to {last}, {copied['notes']} notes.")
+    return ("Nearest training tune: {nearest}, with {share:.0%} of this melody; longest passage in common: "
+            "bars {bars[0]} to {bars[1]}, {notes} notes.".format(**tune["copy"]))
 
 
 def page_tunes(save, evaluation):
     """The first three players, (label, tune) each, and the groups of cards: (title, text, tunes, form)."""
-    rows = [(save / folder / row["name"], row) for folder in SAMPLE_FOLDERS
-            for row in read_json(save / folder / "metadata.json", [])]
     best, sizes = evaluation["best"], {row["run"]: row["n_fit"] for row in evaluation["models"]}
-    family = best.partition("_")[0]
-    smallest = min((run for run in sizes if run.partition("_")[0] == family), key=sizes.get)
+    smallest = min((run for run in sizes if run.split("_")[0] == best.split("_")[0]), key=sizes.get)
     cards, same, first = [], {}, {}
-    for path, row in rows:
-        run, kind = row["run"], row["kind"]
-        if kind == "same":
-            same[run] = show_tune(path, row, f"{model_name(run)}, {sizes[run]:,} weights")
-            continue
-        tune = show_tune(path, row)
-        if kind == "prompted":
-            tune["original"] = show_tune(f"{path}_real", row)
-        if run == best:
-            cards.append(tune)
-        if kind in ("real", "unprompted") and not first.get(run, {}).get("is_valid"):
-            first[run] = tune
+    for folder in SAMPLE_FOLDERS:
+        for row in read_json(save / folder / "metadata.json", []):
+            path, run = save / folder / row["name"], row["run"]
+            tune = show_tune(path, row)
+            if row["kind"] == "prompted":
+                tune["original"] = show_tune(f"{path}_real", row)
+            if row["kind"] == "same":
+                same[run] = tune | {"title": f"{model_name(run)}, {sizes[run]:,} weights"}
+            elif run == best:
+                cards.append(tune)
+            if row["kind"] in ("real", "unprompted") and not first.get(run, {}).get("is_valid"):
+                first[run] = tune
 
     labels = {"real": "A real tune", smallest: f"Smallest network, {sizes[smallest]:,} weights",
               best: f"Best network, {sizes[best]:,} weights"}
-    right, wrong = ([tune for tune in cards if tune["is_valid"] == valid] for valid in (True, False))
+    text = (f"By {model_name(best)}, the best network: of each kind the first ones, not selected. Continued: "
+            "from a real tune, whose notes are grey; bars redrawn: each bar is drawn again until it adds up. "
+            "A click into a picture plays from there. Right, or valid, means: every bar adds up, every tie "
+            "and bracket is closed, the tune is not silent and came to its end by itself, and abc2midi hears "
+            "the notes that our own reader finds.")
     groups = [
-        ("Tunes that are right", f"By {model_name(best)}, the best network: of each kind the first ones, not "
-         "selected. Continued: from a real tune, whose notes are grey; bars redrawn: each bar is drawn again "
-         "until it adds up. A click into a picture plays from there. Right, or valid, means: every bar adds "
-         "up, every tie and bracket is closed, the tune is not silent and came to its end by itself, and "
-         "abc2midi hears the notes that our own reader finds.", right, "cards"),
-        ("What goes wrong", "The others of the same tunes.", wrong, "cards"),
+        ("Tunes that are right", text, [tune for tune in cards if tune["is_valid"]], "cards"),
+        ("What goes wrong", "The others of the same tunes.",
+         [tune for tune in cards if not tune["is_valid"]], "cards"),
         ("The same four bars, continued by each size", "From small to large; the row scrolls sideways.",
          [same[run] for run in sorted(same, key=sizes.get)], "row")]
     return [(label, first[run]) for run, label in labels.items() if run in first], groups
@@ -6077,39 +6062,111 @@ def page_tunes(save, evaluation):
 
 # --- for researchers
 
+def answers(fits):
+    """The question of the study, answered for each pair of families: how far their losses are apart."""
+    found = []
+    for pair, equal in itertools.product(fits["comparison"], ("equal_parameters", "equal_flops")):
+        law, (one, other), gaps = pair[equal], map(model_name, pair["families"]), []
+        for key, unit in ("bits_per_note", "bits a note"), ("nats", "nats a character"):
+            if key in law:
+                below = -np.array([law[key][end] for end in ("value", "hi", "lo")], float)
+                gaps.append(f"{show(estimate(below))} {unit}")
+        answer = f"is {' or '.join(gaps)} below that of the {other}, a ratio of {show(law)}"
+        answer = answer if gaps else f"can't be compared with that of the {other}: {law['reason']}"
+        found.append(f"At {equal.replace('_', ' ')} the loss of the {one} {answer}.")
+    return found
+
+
 def in_short(stats, fits, evaluation):
-    """What the study found: five sentences with intervals and counts."""
+    """What the study found, in sentences with intervals and counts."""
     best = next(row for row in evaluation["models"] if row["run"] == evaluation["best"])
-    music = {row["kind"]: row for row in evaluation["music"] if row["run"] in ("real", best["run"])}
-    losses = [f"{row['loss']}: {show(row['bits a note apart'] or row['nats apart'])} "
-              f"{'bits a note' if row['bits a note apart'] else 'nats a character'} apart, a ratio of "
-              f"{show(row['value'])}" for row in comparisons(fits) if row["value"]]
-    losses += [f"the best network, {model_name(best['run'])}, needs {best['bits_per_note']:.2f} bits a note, "
-               f"{with_error(best, 'test_loss')} nats a character, on "
-               f"{evaluation['test_chars']:,} characters of unseen tunes"]
-    laws = [f"{family_name(family)}: {law['verdict']}" for family, law in fits["families"].items()]
-    stated = [f"{row['network']}, predicted at {show(row['predicted'])} nats a character beforehand, reached "
-              f"{row['reached']:.4f} ({row['error']}): {row['verdict']}" for row in predictions(fits)]
-    heard = [f"tunes {SAMPLE_KINDS[kind]}: {percent(row['valid'])} % of {row['n']} valid, "
-             f"{percent(row['copied'])} % copies" for kind, row in music.items()]
+    texts = answers(fits)
+    texts += [f"The best network, {model_name(best['run'])}, needs {best['bits_per_note']:.2f} bits a note, "
+              f"{best['test_loss']:.4f} nats a character, on {evaluation['test_chars']:,} characters of "
+              "unseen tunes."]
+    texts += [f"{model_name(family)}: {law['verdict']}" for family, law in fits["families"].items()]
+    texts += [f"Tunes {show(row['kind'])}: {show(row['valid'], True)} % of {row['n']} valid, "
+              f"{show(row['copied'], True)} % copies." for row in evaluation["music"]
+              if row["run"] in ("real", best["run"])]
     leak = stats["works"]["leak_of_split_by_file"]["leaked_chars"]
-    leaks = [f"split by file, {leak:.1%} of the held-out characters would have a near-duplicate in training"]
+    texts += [f"Split by file, {leak:.1%} of the held-out characters would have a version in training."]
     if best["leaked_loss"] is not None:
         mixed = leak * best["leaked_loss"] + (1 - leak) * best["test_loss"]
-        leaks += [f"on such tunes the best network loses {with_error(best, 'leaked_loss')} nats a character, "
-                  f"so that split would have reported about {mixed:.4f}"]
-    texts = ("; ".join(losses), " ".join(laws), "; ".join(stated), "; ".join(heard), "; ".join(leaks))
-    return [f"{text[0].upper()}{text[1:].rstrip('.')}." for text in texts if text]
+        texts[-1] += (f" On such tunes the best network loses {best['leaked_loss']:.4f} nats a character, so "
+                      f"that split would have reported about {mixed:.4f}.")
+    return texts
 
 
-def with_error(row, key):
-    """A loss and its standard error, which a single tune does not have."""
-    error = row[f"{key}_se"]
-    return f"{row[key]:.4f}" + (f" \u00b1 {error:.4f}" if error is not None else "")
+def law_tables(fits):
+    """Tables of the laws; a law that was refused has no row."""
+    laws = fits["families"].items()
+    verdicts = {True: "hit", False: "miss", None: "no interval"}
+    stated = [row | {"predicted": estimate([row["predicted"], row["lo"], row["hi"]]),
+                     "verdict": verdicts[row["hit"]]}
+              for row in (law.get("prediction") for _, law in laws) if row]
+    plans = [{"family": family} | row for family, law in laws for row in law.get("frontier", [])]
+
+    def fitted(name):
+        return [{"family": family} | law[name] for family, law in laws if law[name]["status"] != "refused"]
+
+    return [("L(N) = a N^-alpha + c, with 95 % profile intervals", table_of(fitted("power_law"), LAW)),
+            ("The largest network, predicted from the smaller ones before it was trained",
+             table_of(stated, PREDICTION)),
+            ("L(N, D) = E + A / N^alpha + B / D^beta, with 95 % bootstrap intervals",
+             table_of(fitted("parametric"), SURFACE)),
+            ("The best use of so many hours on this machine, by L(N, D)", table_of(plans, PLAN))]
+
+
+def loss_tables(runs, tested):
+    """Tables of the training and of the test losses."""
+    kinds = [{"network": "share of characters"} | {
+        kind: part["share"] for kind, part in tested[0]["by_kind"].items()}]
+    kinds += [{"network": row["run"]} | {kind: part["bits"] for kind, part in row["by_kind"].items()}
+              for row in tested]
+    return [("Networks at the full budget", table_of(runs, NETWORK)), ("Test loss", table_of(tested, LOSS)),
+            ("Test loss by kind of character, bits a character", kinds)]
+
+
+def music_tables(evaluation):
+    """Tables of the samples."""
+    music = evaluation["music"]
+    twins = [{"network": row["run"]} | {f"{damage}, %": share for damage, share in
+                                        row["likelier_than_twin"].items()} for row in evaluation["models"]]
+    names = {name.replace("_", " "): name for row in music for name in row["metrics"]}
+    means = [{"network": row["run"]} | row["metrics"] for row in music
+             if row["kind"] in ("real", "unprompted")]
+    return [("Valid tunes [95 % interval]", table_of(music, MUSIC)),
+            ("Real tunes that are likelier than a twin of which one bar is damaged [95 % interval]", twins),
+            ("How the tunes compare with real music: means [95 % bootstrap interval]",
+             table_of(means, {"network": "network"} | names))]
+
+
+def data_tables(stats):
+    """Tables of what became of the files, and of the split."""
+    files = [{"outcome": "converted", "files": stats["converted"]}]
+    files += [{"outcome": f"rejected: {why}", "files": n} for why, n in stats["rejected"].items()]
+    splits = [{"part": part} | row for part, row in stats["splits"].items()]
+    return [("What became of the files", files), ("The split", table_of(splits, SPLIT))]
+
+
+def checklist(stats, results, fits):
+    """The survey's questions, and what this run answers."""
+    runs, method = results["runs"], fits["method"]
+    sizes, epochs, rates = (sorted({row[key] for row in runs}) for key in ("n_fit", "epochs", "lr"))
+    answered = {
+        "L(N)": method["power_law"], "L(N, D)": method["parametric"], "left out": method["left_out"],
+        "how things are counted": method["points"],
+        "points": f"{len(runs)} in scaling_points.csv, with seeds: {len(sizes)} sizes, {sizes[0]:,} "
+                  f"to {sizes[-1]:,}; {epochs[0]:.2g} to {epochs[-1]:.2g} epochs",
+        "data": f"{results['corpus']}; {stats['vocabulary_size']} symbols (characters), in one order for "
+                "all networks",
+        "rates": f"peaks {rates[0]:.4g} to {rates[-1]:.4g}; {results['batch_tokens']:,} characters a "
+                 f"batch, in windows of {results['seq_len']:,}"}
+    return [{"question": question, "answer": answer} for question, answer in answered.items()]
 
 
 def page_sections(stats, results, fits, evaluation, pictures):
-    """What researchers read: (title, bullets, [(picture, form)], caption, tables, notes) of each section."""
+    """What researchers read: (title, sentences, [(picture, form)], caption, tables, note) of each section."""
     def figures(*names):  # a narrow screen shows their panels one by one
         found = [(name, "wide" if f"{name}_panel0" in pictures else "part") for name in names]
         found += [(name, "narrow") for name in pictures if name.rpartition("_panel")[0] in names]
@@ -6120,12 +6177,13 @@ def page_sections(stats, results, fits, evaluation, pictures):
     caption = (f"Loss on validation tunes; N is without the embedding; D = {runs[-1]['tokens']:,} "
                f"characters ({runs[-1]['epochs']:.2g} epochs); {min(seeds)} to {max(seeds)} seeds a size; "
                f"{results['corpus']}.")
-    heard = (f"Real tunes that no network has seen go through the same checks: they are the ceiling. Valid "
-             f"or cut: also those that were whole when cut after {evaluation['sample_chars']:,} characters. "
-             f"A shingle is a run of {SHINGLE} melodic intervals. A copy shares more of its shingles with a "
-             "training tune than 95 % of real tunes do. Metrics of MusPy and MGEval: entropy of the pitch "
-             "classes in bits, share of notes in the best scale, notes at once, likeness of the rhythms of "
-             "neighbouring bars, notes a beat, share of bars in which no note begins, or heard before.")
+    heard = ("Real tunes that no network has seen go through the same checks: they are the ceiling. Valid or "
+             f"cut: also those that were whole when cut after {evaluation['sample_chars']:,} characters. Of "
+             "bars that are equal to the one before, only as many count as right as real tunes have. A copy "
+             f"shares more runs of {SHINGLE} melodic intervals with a training tune than 95 % of real tunes. "
+             "Metrics of MusPy and MGEval: entropy of the pitch classes in bits, share of notes in the best "
+             "scale, notes at once, likeness of the rhythms of neighbouring bars, notes a beat, share of "
+             "bars in which no note begins, or heard before.")
     data = (f"{stats['converted']:,} tunes form {stats['works']['groups']:,} clusters of near-duplicates; "
             f"split by {stats['split_by']}. A note takes {stats['chars_per_note']:.2f} characters.")
     survey = "What the survey (Mis)Fitting, arXiv 2502.18969, asks of a scaling law"
@@ -6133,117 +6191,12 @@ def page_sections(stats, results, fits, evaluation, pictures):
         ("In short", in_short(stats, fits, evaluation), figures("combined_scaling"), caption, [], ""),
         ("Laws", [], figures(*(f"{family}_scaling" for family in fits["families"])),
          "The law of each family, its 95 % band, and what is known of alpha and c.", law_tables(fits), ""),
-        ("Training", [], figures("training_curves"), "Training loss against characters seen, one line for "
-         "each network.", loss_tables(runs, evaluation["models"]), ""),
+        ("Training", [], figures("training_curves", "loss_by_place"), "Training loss against characters "
+         "seen; test loss against the place in the window: what more context brings.",
+         loss_tables(runs, evaluation["models"]), ""),
         ("What emerges at which size", [], [], "", music_tables(evaluation), heard),
         ("Data", [], figures("length_distribution"), "Lengths of the tunes.", data_tables(stats), data),
         ("Checklist", [], [], "", [(survey, checklist(stats, results, fits))], "")]
-
-
-def comparisons(fits):
-    """Rows on how the losses of each pair of families compare; what was refused has its reason instead."""
-    return [{"loss": f"{' / '.join(map(family_name, pair['families']))}, {key.replace('_', ' ')}",
-             "value": None if pair[key].get("value") is None else pair[key], "at": pair[key].get("at"),
-             "nats apart": pair[key].get("nats"), "bits a note apart": pair[key].get("bits_per_note"),
-             "remark": pair[key].get("reason", "")}
-            for pair in fits.get("comparison", []) for key in ("equal_parameters", "equal_flops")]
-
-
-def predictions(fits):
-    """Rows on the largest network of each family, predicted from the smaller ones before it was trained."""
-    stated = [law["prediction"] for law in fits["families"].values() if law.get("prediction")]
-    hit = {True: "hit", False: "miss", None: "no interval"}
-    return [{"network": model_name(row["model"]), "stated at": row["stated_at"], "predicted":
-             {"value": row["predicted"], "lo": row["lo"], "hi": row["hi"]}, "reached": row["observed"],
-             "error": f"{row['error']:+.2%}", "verdict": hit[row["hit"]]} for row in stated]
-
-
-def law_tables(fits):
-    """Tables of the laws; a law that was refused has no row."""
-    laws = [(family_name(family), law) for family, law in fits["families"].items()]
-
-    def fitted(name, *columns):
-        return [{"family": label, **{key: law[name][key] for key in (*columns, "status")}}
-                for label, law in laws if law[name]["status"] != "refused"]
-
-    def with_ends(row, *columns):
-        return {key: {"value": row[key], "lo": row[f"{key}_lo"], "hi": row[f"{key}_hi"]} for key in columns}
-
-    frontier = [{"family": label, "hours": row["hours"]} | with_ends(row, "n", "d", "loss")
-                for label, law in laws for row in law.get("frontier", [])]
-    return [("L(N) = a N^-alpha + c, with 95 % profile intervals", fitted("power_law", "alpha", "c")),
-            ("The largest network, predicted from the smaller ones before it was trained", predictions(fits)),
-            ("The families compared", comparisons(fits)),
-            ("L(N, D) = E + A / N^alpha + B / D^beta, with 95 % bootstrap intervals",
-             fitted("parametric", "alpha", "beta", "E")),
-            ("The best use of so many hours on this machine, by L(N, D)", frontier)]
-
-
-def loss_tables(runs, tested):
-    """Tables of the training and of the test losses."""
-    shares = {kind: f"{part['share']:.1%}" for kind, part in tested[0]["by_kind"].items()}
-    kinds, places = [{"network": "share of characters"} | shares], []
-    for row in tested:
-        who = {"network": model_name(row["run"])}
-        kinds.append(who | {kind: part["bits"] for kind, part in row["by_kind"].items()})
-        places.append(who | {f"from {part['from']}": part["bits"] for part in row["by_position"]})
-    return [("Networks at the full budget", columns_of(runs, NETWORKS)),
-            ("Test loss", columns_of(tested, LOSSES)),
-            ("Test loss by kind of character, bits a character", kinds),
-            ("Test loss by place in the window, bits a character", places)]
-
-
-def columns_of(rows, columns):
-    """Rows of a JSON file -> rows of a table whose columns {name: key} people can read."""
-    return [{name: model_name(row[key]) if key == "run" else row[key] for name, key in columns.items()}
-            for row in rows]
-
-
-def music_tables(evaluation):
-    """Tables of the samples."""
-    sizes, valid, metrics = {row["run"]: row["n_fit"] for row in evaluation["models"]}, [], []
-    names = dict.fromkeys(name for row in evaluation["music"] for name in row["metrics"])
-    twins = [{"network": model_name(row["run"])} | {f"{damage}, %": percent(share) for damage, share
-             in row["likelier_than_twin"].items()} for row in evaluation["models"]]
-    for row in evaluation["music"]:
-        who = {"network": model_name(row["run"]), "tunes": SAMPLE_KINDS[row["kind"]]}
-        faults = [f"{FAULTS.get(why, why)} {n}" for why, n in row["reasons"].items()]
-        valid.append(who | {
-            "N": sizes.get(row["run"]), "n": row["n"], "bars that add up, %":
-            percent(row["bars_right"]), "valid, %": percent(row["valid"]), "valid or cut, %":
-            percent(row["valid_or_cut"]), "tries a bar": rounded(row.get("tries")), "known shingles, %":
-            percent(row["known"]), "copies, %": percent(row["copied"]), "faults": ", ".join(faults[:2])})
-        if row["kind"] in ("real", "unprompted"):
-            values = {name.replace("_", " "): rounded(row["metrics"].get(name)) for name in names}
-            metrics.append(who | values)
-    return [("Valid tunes [95 % interval]", valid),
-            ("Real tunes that are likelier than a twin of which one bar is damaged [95 % interval]", twins),
-            ("How the tunes compare with real music: means [95 % bootstrap interval]", metrics)]
-
-
-def data_tables(stats):
-    files = [{"outcome": f"rejected: {why}", "files": n} for why, n in stats["rejected"].items()]
-    files.insert(0, {"outcome": "converted", "files": stats["converted"]})
-    names = {"groups": "clusters", "chars": "characters", "unknown": "unknown characters"}
-    splits = [{"part": part} | {names.get(name, name): n for name, n in row.items()}
-              for part, row in stats["splits"].items()]
-    return [("What became of the files", files), ("The split", splits)]
-
-
-def checklist(stats, results, fits):
-    """The survey's questions, and what this run answers."""
-    runs, method = results["runs"], fits["method"]
-    sizes, epochs, rates = (sorted({row[key] for row in runs}) for key in ("n_fit", "epochs", "lr"))
-    answers = {
-        "L(N)": method["power_law"], "L(N, D)": method["parametric"], "left out": method["left_out"],
-        "how things are counted": method["points"],
-        "points": f"{len(runs)} in scaling_points.csv, with seeds: {len(sizes)} sizes, {sizes[0]:,} "
-                  f"to {sizes[-1]:,}; {epochs[0]:.2g} to {epochs[-1]:.2g} epochs",
-        "data": f"{results['corpus']}; {stats['vocabulary_size']} symbols (characters), in one order for "
-                "all networks",
-        "rates": f"peaks {show(rates[0])} to {show(rates[-1])}; {results['batch_tokens']:,} characters a "
-                 f"batch, in windows of {results['seq_len']:,}"}
-    return [{"question": question, "answer": answer} for question, answer in answers.items()]
 
 
 def about_run(results, cfg):
@@ -6263,7 +6216,7 @@ def about_run(results, cfg):
             **({} if midirenderer else {"Sound": "none, for midirenderer was not installed"})}
 
 
-@stage(version=3, knobs="", reads=(tokenize, train, fit, evaluate), root="SAVE_DIR")
+@stage(version=4, knobs="", reads=(tokenize, train, fit, evaluate), root="SAVE_DIR")
 def report(cfg):
     """One page that needs no other file, drawn from what the other stages wrote."""
     save = Path(cfg.SAVE_DIR)
@@ -6280,8 +6233,7 @@ def report(cfg):
     cite = (f"Lakh MIDI Scaling Study, LakhMIDI.py, commit {about['Commit']}, {about['Date']}. Study "
             f"{results['study']}, seed {results['knobs']['SEED']}, {results['corpus']}.")
     write_page(save / "report.html", "Tunes by networks, small to large", lead, first=first, groups=groups,
-               sections=page_sections(stats, results, fits, evaluation, pictures), about=about, cite=cite,
-               knobs=results["knobs"])
+               sections=page_sections(stats, results, fits, evaluation, pictures), about=about, cite=cite)
     return [save / "report.html"]
 
 

@@ -138,8 +138,8 @@ def test_valid_draws_a_bar_again_until_it_is_whole_and_gives_up_at_last():
 
 def test_a_real_tune_is_valid():
     assert check_abc(TUNE) == {
-        **{"valid": True, "reasons": [], "notes": 19, "pitches": 8, "bars": 4, "bad_bars": 0},
-        "complaints": {},
+        **{"valid": True, "reasons": [], "first_fault": "", "complaints": {}, "notes": 19, "pitches": 8},
+        **{"header": True, "bars": 4, "right": 4, "repeats": 0},
     }
 
 
@@ -164,7 +164,7 @@ def test_a_real_tune_is_valid():
 )
 def test_what_is_wrong_fails_for_the_right_reason(reason, text):
     check = check_abc(text)
-    assert not check["valid"] and reason in check["reasons"]
+    assert not check["valid"] and reason in check["reasons"] and check["first_fault"] in check["reasons"]
 
 
 def test_random_characters_are_no_music():
@@ -184,6 +184,16 @@ def test_a_prompt_is_not_counted_as_composed():
     assert "silent" in check_abc(TUNE, prompt=TUNE)["reasons"]
     assert "silent" in check_abc(TUNE + "[V:1]z8|\n" * 3, prompt=TUNE)["reasons"]
     assert check_abc(TUNE + "".join(BARS), prompt=TUNE)["valid"]
+
+
+def test_bars_are_counted_in_every_voice_and_a_header_must_be_whole():
+    two = HEADER + "V:2\n" + "[V:1]CDEFGABc|[V:2]C8|\n[V:1]CDEFGABc|[V:2]C7|\n[V:1]c8|[V:2]C8|\n"
+    assert study.reader_faults(two)[1] == {
+        **{"notes": 20, "pitches": 8, "first_fault": "bar_length"},
+        **{"header": True, "bars": 6, "right": 5, "repeats": 1},
+    }
+    for broken in (two.replace("V:2\n", ""), two.replace("L:1/8\n", ""), two[5:], two[: two.index("[")]):
+        assert not study.reader_faults(broken)[1]["header"]
 
 
 def test_abc2midi_judges_the_text_itself_and_a_judge_that_cannot_run_is_no_verdict(monkeypatch):
@@ -227,45 +237,54 @@ def test_shares_and_means_have_intervals():
     assert study.mean_of([None], Cfg())["value"] is None
 
 
-def test_a_copy_is_found_in_another_key_and_speed_with_the_place_of_the_passage(monkeypatch):
+def test_loops_count_as_right_only_as_far_as_real_tunes_repeat():
+    copy = {"known": 0.0, "share": 0.0}
+    loop = check_abc(HEADER + BARS[0] * 10)
+    tune = {"run": "gpt_1M", "kind": "unprompted", "ended": True, "metrics": {}, "copy": copy, "check": loop}
+    row = study.emergence_row([tune, tune], 0.1, 0.2, Cfg())
+    assert row["bars_right"] == pytest.approx(0.1 + 0.2) and row["header"]["value"] == 1
+    assert study.emergence_row([tune], 0.1, 0.9, Cfg())["bars_right"] == 1
+
+
+def test_a_copy_is_found_in_another_key_and_speed_with_the_place_of_the_passage():
     def tune_of(seed, **change):
         notes, voices, *_ = study.read_score(make_midi(seed, **change))
         return notes, study.are_drums(notes, voices)
 
-    corpus = {f"{seed}.mid": study.melodic_shingles(*tune_of(seed)) for seed in range(40)}
-    monkeypatch.setattr(study, "training_shingles", lambda cfg: corpus.items())
+    holders = {}
+    for seed in range(40):
+        for shingle in study.melodic_shingles(*tune_of(seed)).tolist():
+            holders.setdefault(shingle, []).append(f"{seed}.mid")
 
-    def melody(notes, drums):
+    def nearest(notes, drums):
         shingles, first, last = study.melody(notes, drums)
-        return shingles, first // 4 + 1, last // 4 + 1
+        return study.nearest_tune(holders, shingles, first // 4 + 1, last // 4 + 1)
 
     notes, drums = tune_of(7, transpose=5)
     slow = notes._replace(onset=2 * notes.onset, duration=2 * notes.duration)
     half = notes._replace(pitch=np.where(notes.onset < 32, notes.pitch, notes.pitch % 12 + 40))
-    whole, slower, part, other = study.find_copies(
-        [melody(notes, drums), melody(slow, drums), melody(half, drums), melody(*tune_of(50))], Cfg()
-    )
+    whole, slower, part = (nearest(changed, drums) for changed in (notes, slow, half))
     assert (whole["nearest"], whole["known"], whole["share"]) == ("7.mid", 1, 1)
     assert slower["share"] == 1 and slower["bars"][1] == pytest.approx(2 * whole["bars"][1], abs=1)
     assert part["nearest"] == "7.mid" and 0.2 < part["share"] < 0.8 and part["bars"][1] <= 9
-    assert other["share"] < 0.1
+    assert nearest(*tune_of(50))["share"] < 0.1
 
 
 def test_a_damaged_twin_differs_in_one_bar_and_a_model_that_knows_the_tune_prefers_it():
     text = HEADER.replace("V:1\n", "") + "cdefgabc|\nC2D2E2F2|\nG4A4|\nB2c2d2e2|\nz8|\n"
-    found, place = study.twins(text, 200, np.random.default_rng(0))
+    found, place = study.twins(text, np.random.default_rng(0))
     true, twins = found.pop("true"), found
     assert true == text and set(twins) == {"pitch", "swap", "loop"} and text[place - 1] == "\n"
     bars = [twin[len(HEADER) - 4 :].split("\n") for twin in (true, *twins.values())]
     assert [sum(a != b for a, b in zip(bars[0], bar, strict=True)) for bar in bars] == [0, 1, 2, 1]
-    assert study.twins(text[:50], 200, np.random.default_rng(0)) == ({}, 0)
+    assert study.twins(text[:50], np.random.default_rng(0)) == ({}, 0)
 
     class Knows(Scripted):
         seq_len = 128
 
         def forward(self, tokens, state=None):
             logits = torch.zeros(*tokens.shape, len(VOCAB.chars))
-            for i, char in enumerate(VOCAB.encode(text)):
+            for i, char in enumerate(VOCAB.encode(text)[: tokens.size(1)]):
                 logits[:, i, char] = 9
             return logits, None
 
@@ -304,6 +323,14 @@ def test_the_evaluation_of_a_study_balances(smoke):
         heard = study.read_score(files[1]).notes
         written = study.read_abc(files[0].read_text()).notes  # in wrong bars one note may hide another
         assert 0.9 * len(written.pitch) <= len(heard.pitch) <= len(written.pitch)
+
+
+def test_a_training_tune_is_found_among_those_of_the_study(smoke):
+    rows = list(study.read_jsonl(smoke.tokens_root / "tunes.jsonl"))
+    file = next(row["file"] for row in rows if row["split"] == "train" and "artist" in row["file"])
+    tune = study.read_abc(study.abc_path(file, smoke).read_text("utf-8"))
+    (found,) = study.find_copies([study.melody(tune.notes, study.are_drums(tune.notes, tune.voices))], smoke)
+    assert found["share"] == found["known"] == 1 and found["nearest"] == file
 
 
 # --- on demand

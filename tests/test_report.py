@@ -44,62 +44,91 @@ def copied(smoke, tmp_path):
 
 def render(cfg):
     study.report.__wrapped__(cfg)
-    return Path(cfg.SAVE_DIR, "report.html").read_text("utf-8")
+    return Page(Path(cfg.SAVE_DIR, "report.html").read_text("utf-8"))
+
+
+def edit(path, change):
+    data = study.read_json(path)
+    change(data)
+    study.write_json(path, data)
 
 
 def spoil(cfg):
     """Puts hostile text wherever names and texts of other people come in."""
-    save = Path(cfg.SAVE_DIR)
-    names = "scaling_results.json", "evaluation.json", "best_samples/metadata.json"
-    results, evaluation, tunes = files = [study.read_json(save / name) for name in names]
-    results["corpus"] = HOSTILE
-    evaluation["music"][0]["reasons"] = {HOSTILE: 1}
-    tunes[0]["copy"] = {"nearest": HOSTILE, "share": 0.5, "bars": [1, 2], "notes": 20}
-    for name, data in zip(names, files, strict=True):
-        study.write_json(save / name, data)
-    for path in (save / "best_samples").glob("*.abc"):
+    copied = {"nearest": HOSTILE, "share": 0.5, "bars": [1, 2], "notes": 20}
+    edit(cfg.SAVE_DIR / "scaling_results.json", lambda results: results.update(corpus=HOSTILE))
+    edit(cfg.SAVE_DIR / "evaluation.json", lambda found: found["music"][0].update(first_fault={HOSTILE: 1}))
+    edit(cfg.SAVE_DIR / "best_samples" / "metadata.json", lambda tunes: tunes[0].update(copy=copied))
+    for path in (cfg.SAVE_DIR / "best_samples").glob("*.abc"):
         path.write_text(f"T:{HOSTILE}\n" + path.read_text("utf-8"), encoding="utf-8")
 
 
-def test_the_page_holds_every_network_table_and_tune_is_small_and_asks_for_nothing(smoke):
-    path = Path(smoke.SAVE_DIR, "report.html")
-    page = Page(path.read_text("utf-8"))
-    for row in study.read_json(Path(smoke.SAVE_DIR, "evaluation.json"))["models"]:
+def test_the_page_holds_every_network_table_and_tune_is_small_and_asks_for_nothing(copied):
+    page, evaluation = render(copied), study.read_json(copied.SAVE_DIR / "evaluation.json")
+    for row in evaluation["models"]:
         assert study.model_name(row["run"]) in page.text and f"{row['bits_per_note']:.4g}" in page.text
-    for heading in ("In short", "Laws", "Training", "What emerges", "Data", "Checklist", "Cite", "Commit"):
-        assert heading in page.text
-    tunes = study.read_json(Path(smoke.SAVE_DIR, "best_samples", "metadata.json"))
+    headings = ("In short", "Laws", "Training", "What emerges", "Data", "Checklist", "Cite", "Commit")
+    assert all(heading in page.text for heading in headings)
+    tunes = study.read_json(copied.SAVE_DIR / "best_samples" / "metadata.json")
     downloads = {value for name, value in page.attributes if name == "download"}
     assert downloads >= {tune["name"] + kind for tune in tunes for kind in (".abc", ".mid")}
-    assert not re.search(r"\bnan\b", page.text)
-    assert not any(text in page.text for text in ("None", "Undefined", "gpt_", "lstm_"))
+    assert not re.search(r"\bnan\b|None|Undefined|gpt_|lstm_", page.text)
     names = "src", "href", "srcset", "poster", "data"
     addresses = [value for name, value in page.attributes if name in names]
     assert len(addresses) > 10 and all(address.startswith("data:") for address in addresses)
-    assert path.stat().st_size < 8_000_000
+    assert (copied.SAVE_DIR / "report.html").stat().st_size < 8_000_000
 
 
 def test_hostile_text_stays_text(copied):
-    clean = Page(render(copied))
+    clean = render(copied)
     spoil(copied)
-    page = Page(render(copied))
+    page = render(copied)
     assert page.tags == clean.tags and page.text.count(HOSTILE) > 3
     assert not any(name.startswith("on") for name, _ in page.attributes)
 
 
 def test_what_could_not_be_fitted_or_made_is_left_out(copied, monkeypatch):
-    path = Path(copied.SAVE_DIR, "fits.json")
-    fits = study.read_json(path)
-    for law in fits["families"].values():
-        law["power_law"] = law["parametric"] = {"status": "refused", "reason": "too few points"}
-        law.pop("frontier", None)
-        law.pop("prediction", None)
-    study.write_json(path, fits)
-    for sound in Path(copied.SAVE_DIR).glob("*/*.mp3"):
+    def refuse(fits):
+        refused = {"status": "refused", "reason": "too few points"}
+        for law in fits["families"].values():
+            law |= {"power_law": refused, "parametric": refused, "frontier": [], "prediction": None}
+        for pair in fits["comparison"]:
+            pair |= {"equal_parameters": refused, "equal_flops": refused}
+
+    edit(copied.SAVE_DIR / "fits.json", refuse)
+    for sound in copied.SAVE_DIR.glob("*/*.mp3"):
         sound.unlink()
     monkeypatch.setattr(study, "midirenderer", None)
-    page = Page(render(copied))
+    page = render(copied)
     assert "audio" not in page.tags and "midirenderer was not installed" in page.text
+    assert "can't be compared with that of the LSTM: too few points." in page.text
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ({"value": 0.123456, "lo": 0.1, "hi": None}, "0.123 [0.1, open]"),
+        ({"value": None, "lo": None, "hi": None}, "\u2013"),
+        ({"bar_length": 3, "cut": 2, "silent": 1}, "bars that do not add up 3, cut off 2"),
+        (1_599_488, "1,599,488"),
+        (47_786.3, "47,790"),
+        (0.85493, "0.8549"),
+        ("gpt_1M", "Transformer 1M"),
+        ("lstm", "LSTM"),
+        (None, "\u2013"),
+    ],
+)
+def test_values_are_shown_for_people(value, shown):
+    assert study.show(value) == shown
+
+
+def test_the_first_sentences_answer_the_question_of_the_study():
+    bits = {"value": -0.7546, "lo": -0.825, "hi": -0.6837}
+    law = {"at": 1e6, "value": 0.791, "lo": 0.774, "hi": 0.809, "nats": bits, "bits_per_note": bits}
+    pair = {"families": ["gpt", "lstm"], "equal_parameters": law, "equal_flops": law}
+    first, second = study.answers({"comparison": [pair]})
+    assert "the loss of the Transformer is 0.755 [0.684, 0.825] bits a note or" in first
+    assert "At equal flops" in second and first.endswith("of the LSTM, a ratio of 0.791 [0.774, 0.809].")
 
 
 def wait(page, condition):
@@ -140,6 +169,7 @@ def test_a_browser_shows_plays_and_seeks(copied):
         reached = page.evaluate(place)
         assert reached > 200
         wait(page, f"{place} > {reached}")
+        wait(page, "document.querySelectorAll('.first .lit').length > 0")
         assert page.title() == "Tunes by networks, small to large"
         browser.close()
     assert complaints == []
@@ -157,7 +187,7 @@ def brightness(text):
     return float(power @ np.fft.rfftfreq(len(wave), 1 / rate) / power.sum())
 
 
-def test_instruments_sound_unlike_and_the_last_note_rings_out(tmp_path):
+def test_instruments_sound_unlike_and_the_last_note_rings_out():
     wave, rate = sound_of(SCALE)
     assert np.abs(wave).max() == pytest.approx(0.8) and np.sqrt((wave**2).mean()) > 0.03
     assert len(wave) / rate > 5.5 and np.abs(wave[-rate // 10 :]).max() < 0.02  # four seconds of notes
@@ -175,8 +205,7 @@ def test_a_tune_is_written_as_text_midi_sound_roll_and_score(tmp_path):
     assert len(wave) > 5 * rate and np.abs(wave).max() < 1
     assert roll.count("<rect") == score.count('class="notehead"') == 16
     assert 'class="keySig"' in score and "The whole tune" in score
-    signs = re.findall(r'class="accid"[^>]*><use', score)  # without one, a group is empty
-    assert 'class="accid"' in score and not signs
+    assert 'class="accid"' in score and not re.search('class="accid"[^>]*><use', score)
 
 
 def test_a_score_names_its_voices_and_says_what_is_left_out():
