@@ -112,7 +112,7 @@ def bootstraps(tables):
     for seed in range(tables):
         N, D, L, run = surface(seed)
         for kind, names in (("runs", run), ("points", np.arange(24))):
-            lo, hi = np.quantile(study.fit_and_draws(N, D, L, names, 1e-3, 100)[2][:, 3], [0.025, 0.975])
+            _, lo, hi = study.fit_surface(N, D, L, names, 100).interval(lambda p: p[..., 3])
             inside[kind] += bool(lo <= 0.4 <= hi)
     seconds = (time.perf_counter() - began) / (200 * tables)
     return {kind: count / tables for kind, count in inside.items()}, seconds
