@@ -4007,6 +4007,7 @@ ROUNDING = 1e-8  # a relative difference of losses that means nothing
 MISSED = 0.03  # a held-out error beyond which an exponent is no finding
 BELIEVED = ("identified", "ridge")
 MAX_EPOCHS = 4  # so many passes are worth nearly as much as new data (https://arxiv.org/abs/2305.16264)
+ENDS = ("value", "lo", "hi")  # of an estimate
 DELTA = 1e-3  # residuals of log L beyond it count by their size, not by their square
 
 
@@ -4050,8 +4051,7 @@ def check_columns(*columns):
 
 def estimate(values):
     """{"value", "lo", "hi"} of three numbers, None for one that JSON can't hold."""
-    value, lo, hi = (float(v) if np.isfinite(v) else None for v in values)
-    return {"value": value, "lo": lo, "hi": hi}
+    return {end: float(v) if np.isfinite(v) else None for end, v in zip(ENDS, values, strict=True)}
 
 
 # --- 1. L(N): for a given alpha a straight line
@@ -5191,8 +5191,8 @@ def leaked_loss(model, leaked, cfg):
 
 def draw_places(tested):
     """Test loss against the place in the window, pale to full by size: what more context brings."""
-    figure, (axes,) = sheet(1, 1)
-    panel(axes, "Test loss by place in the window", "place in the window (characters)", "bits per character")
+    figure, (axes,) = sheet(1, ("Test loss by place in the window", "place in the window (characters)",
+                                "bits per character", "log", "linear"))
     for i, row in enumerate(sorted(tested, key=lambda row: row["n_fit"])):
         style, spans = FAMILIES[row["run"].partition("_")[0]], row["by_position"]
         middle = [math.sqrt((span["from"] + 1) * span["to"]) for span in spans]
