@@ -30,7 +30,6 @@ import argparse
 import array
 import ast
 import base64
-import bz2
 import collections
 import contextlib
 import copy
@@ -38,12 +37,10 @@ import csv
 import datetime
 import difflib
 import functools
-import gzip
 import hashlib
 import html
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -55,7 +52,6 @@ import platform
 import re
 import shutil
 import signal
-import stat
 import statistics
 import subprocess
 import sys
@@ -113,6 +109,11 @@ except ImportError:
 
 class UserError(ValueError):
     """Something the user can put right: main() prints the one line and exits with code 2."""
+
+
+def need(condition, sentence):
+    if not condition:
+        raise UserError(sentence)
 
 
 class Size(NamedTuple):
@@ -219,107 +220,64 @@ class Cfg(metaclass=KnobType):
     TOP_P = 0.98  # sample from the likeliest characters that hold this share of the probability
 
     def __init__(self, **knobs):
-        names = knob_names(type(self))  # a snapshot: later edits of the class leave this study alone
-        vars(self)["given"] = {name: getattr(type(self), name) for name in names}
-        self.give(**knobs)
+        given = {name: getattr(type(self), name) for name in knob_names(type(self))}
+        given |= {name: checked_knob(type(self), name, value) for name, value in knobs.items()}
+        vars(self).update(settled(given), given=given, seen=None)
 
     def __setattr__(self, name, value):
-        self.give(**{name: value})
-
-    def give(self, **knobs):
-        """Sets knobs, and anew what was left open: `cfg.STUDY = "smoke"` also brings the study's SEQ_LEN."""
-        checked = {name: checked_knob(type(self), name, value) for name, value in knobs.items()}
-        vars(self)["given"] = self.given | checked
-        vars(self).update(settled(self.given))
-        vars(self).pop("seen", None)
+        """Also settles anew what was left open: `cfg.STUDY = "smoke"` brings the study's SEQ_LEN."""
+        self.__init__(**self.given | {name: value})
 
     @classmethod
     def smoke(cls, root, **knobs):
         """A study of seconds, all files below `root`."""
-        root = Path(root)
         small = {"STUDY": "smoke", "WORKERS": 1, "MAX_MIDI_FILES": 80, "EVAL_TOKENS": 4_000, "SAMPLES": 4,
                  "SHOWN": 2, "SAMPLE_CHARS": 200, "BOOTSTRAP": 50}
-        return cls(**{"DATA_ROOT": root / "data_lakh", "SAVE_DIR": root / "runs_lakh", **small, **knobs})
+        places = {"DATA_ROOT": Path(root, "data_lakh"), "SAVE_DIR": Path(root, "runs_lakh")}
+        return cls(**places | small | knobs)
 
-    # --- derived values
     @property
     def source(self):
         """What identifies the music of this study, wherever it is; UserError if it is nowhere."""
-        seen = vars(self).get("seen", {})
-        if not seen:
-            seen.update(source_id(self))
-        return dict(seen)
+        return self.seen or source_id(self)
 
     def pinned(self):
-        """A copy that looks at its source once and for all: one run, one answer."""
+        """A copy that has looked at its source once and for all: one run, one answer."""
         cfg = copy.copy(self)
-        vars(cfg).setdefault("seen", {})
+        vars(cfg)["seen"] = self.source
         return cfg
 
     @property
     def corpus(self):
         """The music of this study in words."""
-        if self.LMD_DOWNLOAD:
-            return f"the Lakh MIDI Dataset ({self.LMD_DOWNLOAD})"
-        if self.DATASET:  # what that came to is known once it is there
-            index = read_json(self.DATA_ROOT / "midi_index.json", {})
-            return f"The Session ({self.DATASET})" if extract.stale(self) else index["corpus"]
-        if self.LMD_ZIP_PATH:
-            return Path(self.LMD_ZIP_PATH).name
-        return f"folder {self.LOCAL_MIDI_ROOT}" if self.USE_LOCAL_MIDI else FOLK
-
-    @property
-    def batch(self):
-        """Windows per optimiser step."""
-        return self.BATCH_TOKENS // self.SEQ_LEN
-
-    @property
-    def tokens_root(self):
-        return Path(self.DATA_ROOT, "tokens")
-
-    def left_open(self):
-        """{knob: value} of what the device decided; SAVE_DIR keeps it, and a laptop goes on with a GPU's."""
-        return {name: getattr(self, name) for name in ("STUDY", "SAMPLES", "SAMPLE_CHARS")
-                if self.given[name] in ("auto", 0)}
+        index = read_json(self.DATA_ROOT / "midi_index.json", {})
+        return index["corpus"] if index.get("source") == self.source else find_source(self)[0]
 
     def check(self):
         """Raises UserError for knobs that are each of the right type and make no sense together."""
-        source_path(self)
+        find_source(self)
         need(self.given["DATA_ROOT"] and self.given["SAVE_DIR"], "DATA_ROOT and SAVE_DIR each name a folder")
-        need(self.DEVICE in ("auto", "cpu", "cuda"), f"DEVICE is {self.DEVICE!r}; choose auto, cpu or cuda")
-        need(self.DEVICE != "cuda" or torch.cuda.is_available(),
-             "DEVICE is cuda, but torch sees no CUDA GPU; use cpu")
-        need(self.DEVICE != "cuda" or not gpu_fault(), gpu_fault())
-        need(self.SPLIT_BY in ("work", "file"), f"SPLIT_BY is {self.SPLIT_BY!r}; choose work or file")
-        need(self.VAL_FRAC + (self.TEST_FRAC or self.VAL_FRAC) <= 0.5,
-             "VAL_FRAC + TEST_FRAC (0: as VAL_FRAC) must leave at least half of the data to train")
+        need(self.DEVICE != "cuda" or (torch.cuda.is_available() and not gpu_fault()),
+             gpu_fault() or "DEVICE is cuda, but torch sees no CUDA GPU; use cpu")
+        for name, least in {"SEEDS": 1, "SEQ_LEN": 8, "BOOTSTRAP": 2, "EVAL_TOKENS": 2}.items():
+            need(getattr(self, name) >= least, f"{name} must be at least {least}")
         need(self.BATCH_TOKENS % self.SEQ_LEN == 0,
              f"BATCH_TOKENS ({self.BATCH_TOKENS}) must be a multiple of SEQ_LEN ({self.SEQ_LEN})")
-        need(self.SEEDS >= 1, "SEEDS must be at least 1")
-        need(self.BOOTSTRAP >= 2 and self.EVAL_TOKENS >= 2, "BOOTSTRAP and EVAL_TOKENS must be at least 2")
+        need(self.VAL_FRAC + (self.TEST_FRAC or self.VAL_FRAC) <= 0.5,
+             "VAL_FRAC + TEST_FRAC (0: as VAL_FRAC) must leave at least half of the data to train")
         need(0 < self.TOP_P <= 1 and self.CLIP_NORM > 0, "TOP_P must be in (0, 1], CLIP_NORM above 0")
-        need(self.SEQ_LEN >= 8, "SEQ_LEN must be at least 8")
-        need(self.BUDGETS and all(isinstance(b, (int, float)) and 0 < b <= 1 for b in self.BUDGETS)
-             and max(self.BUDGETS) == 1,
+        need({*map(type, self.BUDGETS + self.BETAS)} <= {int, float}, "BUDGETS and BETAS hold numbers")
+        need(self.BUDGETS and min(self.BUDGETS) > 0 and max(self.BUDGETS) == 1,
              "BUDGETS are shares of the training tokens in (0, 1], the largest of them 1")
         need(all(low <= (1 - AVERAGED) * high for low, high in itertools.pairwise(sorted(set(self.BUDGETS)))),
              f"each of BUDGETS must be at least {1 / (1 - AVERAGED):g} times the one before")
-        need(len(self.BETAS) == 2 and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in self.BETAS),
+        need(len(self.BETAS) == 2 and min(self.BETAS) >= 0 and max(self.BETAS) < 1,
              "BETAS are two numbers in [0, 1)")
-        names = Counter(size.name for size in self.MODELS)
-        need(max(names.values()) == 1, "MODELS holds the same model twice")
-        for size in self.MODELS:
-            whole = min(size.layers, size.width, size.heads) > 0 and size.width % size.heads == 0
-            need(size.family in FAMILIES and whole and
-                 (FAMILIES[size.family].model.recurrent or size.width // size.heads % 2 == 0),
-                 f"{size}: a GPT needs a width that is an even multiple of its heads; "
-                 f"families: {', '.join(FAMILIES)}")
 
 
-def need(condition, sentence):
-    """A user's mistake, told in one line."""
-    if not condition:
-        raise UserError(sentence)
+CHOICES = {"DEVICE": ("auto", "cpu", "cuda"), "SPLIT_BY": ("work", "file"),
+           "LMD_DOWNLOAD": ("", "full", "matched", "clean")}
+ROOTS = ("MIDI_ROOT", "ABC_ROOT", "DATA_ROOT", "SAVE_DIR")
 
 
 def knob_names(cls=Cfg):
@@ -327,9 +285,11 @@ def knob_names(cls=Cfg):
 
 
 def settled(given):
-    """{knob: its value in this study} for the knobs as they were given: what was left open gets its value."""
-    device, study = given["DEVICE"], given["STUDY"]
+    """What a Cfg holds for the knobs as they were given: what was left open has its value, and what follows
+    from them is there in lower case.
+    """
     kept = read_json(Path(given["SAVE_DIR"], "manifests", "train.json"), {}).get("study", {})
+    device, study = given["DEVICE"], given["STUDY"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if study == "auto":
@@ -349,47 +309,61 @@ def settled(given):
     knobs |= {"DEVICE": device, "STUDY": study, "MODELS": ladder(given["MODELS"], study)}
     if given["USE_LOCAL_MIDI"]:
         knobs["MIDI_ROOT"] = given["LOCAL_MIDI_ROOT"]
-    roots = {name: Path(knobs[name]) for name in ("DATA_ROOT", "MIDI_ROOT", "ABC_ROOT", "SAVE_DIR")}
-    return knobs | roots
+    knobs |= {name: Path(knobs[name]) for name in ROOTS}
+    by_device = {name: knobs[name] for name in ("STUDY", "SAMPLES", "SAMPLE_CHARS")
+                 if given[name] in ("auto", 0)}  # SAVE_DIR keeps it, and a laptop goes on with a GPU's
+    return knobs | {
+        "by_device": by_device,
+        "tokens_root": knobs["DATA_ROOT"] / "tokens",
+        "batch": knobs["BATCH_TOKENS"] // knobs["SEQ_LEN"]}  # windows per optimiser step
 
 
 def ladder(models, study):
     """The models to train, small to large within each family, as a tuple of Size; none named: the study's."""
-    known = {size.name: size for other in reversed(STUDIES.values()) for size in other.ladder}
-    known |= {size.name: size for size in STUDIES[study].ladder}  # a name may stand in two studies
-    rows = [model for model in models if not isinstance(model, str)]
-    kinds = [str, str, int, int, int]
-    need(all(isinstance(row, (tuple, list)) and [*map(type, row)] in (kinds, kinds[:4]) for row in rows),
-         "a row of MODELS is (family, size, layers, width), for a GPT also its heads")
-    unknown = [model for model in models if isinstance(model, str) and model not in known]
-    need(not unknown, f"MODELS names {unknown}; known are {', '.join(known)}")
-    chosen = models or STUDIES[study].ladder
-    return tuple(known[model] if isinstance(model, str) else Size(*model) for model in chosen)
+    studies = [*reversed(STUDIES.values()), STUDIES[study]]  # a name may stand in two
+    known = {size.name: size for other in studies for size in other.ladder}
+    sizes = []
+    for row in models or STUDIES[study].ladder:
+        need(not isinstance(row, str) or row in known, f"MODELS names {row}; known are {', '.join(known)}")
+        size = known.get(row) if isinstance(row, str) else row
+        types = [*map(type, size)] if isinstance(size, (tuple, list)) else []
+        need(types in ([str, str, int, int], [str, str, int, int, int]) and size[0] in FAMILIES,
+             f"{row}: a row of MODELS is (family, size, layers, width), for a GPT also its heads; "
+             f"families: {', '.join(FAMILIES)}")
+        size = Size(*size)
+        whole = min(size[2:]) > 0 and size.width % size.heads == 0
+        need(whole and (FAMILIES[size.family].model.recurrent or size.width // size.heads % 2 == 0),
+             f"{row}: the width of a GPT is an even multiple of its heads")
+        sizes.append(size)
+    need(len({size.name for size in sizes}) == len(sizes), "MODELS holds the same model twice")
+    return tuple(sizes)
 
 
 def checked_knob(cls, name, value):
     """`value` as the type of the knob `name`; UserError if there is no such knob or it can't be that."""
     if name not in knob_names(cls):
         near = difflib.get_close_matches(name.upper(), knob_names(cls), 1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists them"
-        raise UserError(f"Cfg has no knob {name}; {hint}")
-    kind = type(getattr(cls, name))
+        raise UserError(f"Cfg has no knob {name}; " + (f"did you mean {near[0]}?" if near else "see --help"))
+    kind, options = type(getattr(cls, name)), CHOICES.get(name)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    elif isinstance(value, (np.generic, list)):
-        value = tuple(value) if isinstance(value, list) else value.item()
-    if kind is float and type(value) is int:
-        value = float(value)
+    elif isinstance(value, np.generic):
+        value = value.item()
+    if (kind, type(value)) in ((float, int), (tuple, list)):
+        value = kind(value)
     wanted = "True or False" if kind is bool else f"of type {kind.__name__}"
     need(type(value) is kind, f"{name} must be {wanted}, not {value!r}")
     need(kind not in (int, float) or 0 <= value < math.inf,
          f"{name} must be a finite number >= 0, not {value}")
+    need(not options or value in options,
+         f"{name} is {value!r}; choose {', '.join(filter(None, options or ()))}")
     return value
 
 
 def knob_help():
-    """{knob: its comment in the source of Cfg}, so that a knob is described in one place."""
-    return dict(re.findall(r"^    ([A-Z_]+) = .+?  # (.+)$", inspect.getsource(Cfg), re.M))
+    """{knob: its comment in class Cfg}, so that a knob is described in one place."""
+    source = Path(__file__).read_text("utf-8").partition("\nclass Cfg(")[2].partition("def __init__")[0]
+    return dict(re.findall(r"^    ([A-Z_]+) = .+?  # (.+)$", source, re.M))
 
 
 # ============================================================================================================
@@ -404,19 +378,28 @@ def knob_help():
 
 
 @contextlib.contextmanager
+def told_for(path):
+    """Makes an error of the file system one line that names a file, or `path` where the error has none."""
+    try:
+        yield
+    except OSError as error:
+        if not error.strerror:  # no word of the system's: a connection, a damaged file
+            raise
+        raise UserError(f"{error.filename or path}: {error.strerror}; see to that and run again") from error
+
+
+@contextlib.contextmanager
 def atomic_path(path):
     """Yields a path beside `path` to write to, which takes its name when the block ends without an error."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}; see to that and run again") from error
-    finally:
-        with contextlib.suppress(OSError):  # of a folder that is none
-            partial.unlink()
+    with told_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -492,69 +475,68 @@ def files_below(folder):
         todo += sorted(inner, reverse=True)
 
 
-def content(path, memory, wanted=lambda name: True):
-    """16 digits for what a file, or a folder in its `wanted` names, holds; None where there is nothing.
+def content(path, memory, endings=""):
+    """16 digits for what a file, or a folder in its files of some `endings`, holds; None if nothing is there.
 
     `memory` is the folder whose hashed.json remembers them.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = [(name, facts) for name, facts in files_below(path) if facts and wanted(name)]
-    elif path.is_file():
-        files = [("", path.stat())]
-    else:
+    if not os.path.exists(path):
         return None
-    numbers = array.array("Q")  # made into bytes together: half the time of writing them out
-    for _, facts in files:
-        numbers.extend((facts.st_ino, facts.st_ctime_ns, facts.st_size))
-    listed = "\0".join([name for name, _ in files]).encode("utf-8", "surrogatepass")
+    names, numbers = [], array.array("Q")
+    for name, facts in files_below(path) if os.path.isdir(path) else [("", os.stat(path))]:
+        if facts and (not name or name.lower().endswith(endings)):
+            names.append(name)
+            numbers.extend((facts.st_ino, facts.st_ctime_ns, facts.st_size))
+    listed = "\0".join(names).encode("utf-8", "surrogatepass")
     key = hashlib.sha256(listed + numbers.tobytes()).hexdigest()[:16]
 
     known = read_json(Path(memory, "hashed.json"), {})
     if key not in known:
-        names = progress(sorted(name for name, _ in files), "looking", unit="file")
-        sums = [(name, file_digest(path / name)) for name in names]
+        sums = [(name, file_digest(Path(path, name))[:16])
+                for name in progress(sorted(names), "looking", unit="file")]
         known = dict([*known.items()][-500:])
-        known[key] = digest(sums) if path.is_dir() else sums[0][1]
+        known[key] = digest(sums) if os.path.isdir(path) else sums[0][1]
         with contextlib.suppress(UserError):  # in a folder that is only read they are hashed each time
             write_json(Path(memory, "hashed.json"), known)
     return known[key]
 
 
 def file_digest(path):
+    """The SHA-256 of a file."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def owned(cfg, root, shared=False):
     """Keeps a root folder for this run, from all others or (`shared`) from those that would write there.
 
-    Yields a function that begins to share it. The system takes the lock back when this process ends, however
-    it does. Raises UserError if another run has the folder, or nothing can be written there.
+    The system takes the lock back when this process ends, however it does. Its file names the process that
+    keeps the folder for itself. Raises UserError if another run has it.
     """
-    folder = getattr(cfg, root)
-    hint = f"or set {root} to another folder"
-    try:
+    folder, hint = getattr(cfg, root), f"or set {root} to another folder"
+    if shared and folder.exists() and not os.access(folder, os.W_OK):
+        yield  # nobody writes there
+        return
+    with told_for(folder):
         Path(folder, "manifests").mkdir(parents=True, exist_ok=True)
         file = open(folder / "manifests" / f"{root}.lock", "a+", encoding="utf-8")
-    except OSError as error:
-        need(shared, f"can't write to {folder} ({error.strerror}): change that, {hint}")
-        yield None  # a folder that can only be read needs no lock
-        return
     with file:
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=file.close)  # or a worker that outlives us would keep the lock
         kind = portalocker.LOCK_SH if shared else portalocker.LOCK_EX
         try:
             portalocker.lock(file, kind | portalocker.LOCK_NB)
-        except portalocker.AlreadyLocked as error:
+        except portalocker.LockException as error:
+            need(isinstance(error, portalocker.AlreadyLocked), f"{folder} can't be locked ({error}); {hint}")
             file.seek(0)
-            raise UserError(f"{folder} is in use by {file.read()}: wait for its end, {hint}") from error
+            holder = file.read() or "runs that read it"
+            raise UserError(f"{folder} is in use by {holder}: wait for their end, {hint}") from error
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M')}")
-        file.flush()
-        yield functools.partial(portalocker.lock, file, portalocker.LOCK_SH)
+        if not shared:
+            file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M')}")
+            file.flush()
+        yield
 
 
 class Stage:
@@ -593,26 +575,21 @@ class Stage:
         outputs = self.manifest(cfg).get("outputs") or {}
         return digest({path: held for path, held in outputs.items() if not path.endswith(".png")})
 
-    def stale(self, cfg):
-        """Why the manifest is not of the recipe of today, "" if it is; looks at no output."""
+    def status(self, cfg, outputs=True):
+        """"up to date", or why not, where `outputs` need not be looked at as far as the recipes say."""
         found, today = self.manifest(cfg), self.recipe(cfg)
         if not found:
             return "not run"
         then = found["recipe"]
-        changed = [knob for knob, value in today["knobs"].items() if then["knobs"].get(knob) != value]
-        if changed:
+        if changed := [knob for knob, value in today["knobs"].items() if then["knobs"].get(knob) != value]:
             return f"stale: {', '.join(changed)} changed"
         if then["version"] != self.version:
             return "stale: newer code"
-        if then != today or any(one.stale(cfg) for one in self.reads):
+        if then != today or any(one.status(cfg, outputs=False) != "up to date" for one in self.reads):
             return "stale: an earlier stage changed"
-        return "" if found["outputs"] else "not finished"
-
-    def status(self, cfg):
-        """"up to date", or why not."""
-        if reason := self.stale(cfg):
-            return reason
-        for place, held in self.manifest(cfg)["outputs"].items():
+        if not found["outputs"]:
+            return "not finished"
+        for place, held in found["outputs"].items() if outputs else ():
             root, *rest = place.split("/")
             path = Path(getattr(cfg, root), *rest)
             if content(path, self.folder(cfg)) != held:
@@ -620,12 +597,12 @@ class Stage:
         return "up to date"
 
     def work(self, cfg, force):
-        """Does what is left to do, in a folder that this run owns."""
-        name = self.__name__
+        """Does what is left to do, in a folder that this run owns; returns whether there was anything."""
+        name, first = self.__name__, ranks()[0] == 0
         for one in self.reads:
             need((state := one.status(cfg)) == "up to date",
                  f"{name} needs {one.__name__}, which is {state}; run with --to {name}")
-        first, done = ranks()[0] == 0, not force and self.status(cfg) == "up to date"
+        done = not force and self.status(cfg) == "up to date"
         wait_for_ranks()  # until all have looked; then one of them may write
         if done:
             if first:
@@ -633,14 +610,15 @@ class Stage:
             return False
 
         before, path, began = self.manifest(cfg), self.folder(cfg) / f"{name}.json", time.time()
-        facts = {"recipe": self.recipe(cfg), "study": cfg.left_open()}
+        facts = {"recipe": self.recipe(cfg), "study": cfg.by_device}
         facts["goes_on"] = not force and before.get("recipe") == facts["recipe"] and not before["outputs"]
         if first:
             write_json(path, facts | {"outputs": None})
-        outputs = self.body(cfg) if first or self.by_all else []
+        with told_for(getattr(cfg, self.root)):
+            outputs = self.body(cfg) if first or self.by_all else []
         if first:
-            outputs = {place_of(output, cfg): content(output, self.folder(cfg)) for output in outputs}
-            write_json(path, facts | {"outputs": outputs, "seconds": round(time.time() - began, 1)})
+            held = {place_of(output, cfg): content(output, self.folder(cfg)) for output in outputs}
+            write_json(path, facts | {"outputs": held, "seconds": round(time.time() - began, 1)})
             say(f"{name:9s} done in {time.time() - began:.0f} s")
         wait_for_ranks()
         return True
@@ -652,9 +630,8 @@ def stage(**facts):
 
 def place_of(path, cfg):
     """A path as manifests name it, wherever the root folders are: ABC_ROOT/report.jsonl."""
-    for root in ("MIDI_ROOT", "ABC_ROOT", "DATA_ROOT", "SAVE_DIR"):
-        if path.is_relative_to(getattr(cfg, root)):
-            return Path(root, path.relative_to(getattr(cfg, root))).as_posix()
+    root = next(root for root in ROOTS if path.is_relative_to(getattr(cfg, root)))
+    return Path(root, path.relative_to(getattr(cfg, root))).as_posix()
 
 
 def check_guard():
@@ -670,26 +647,26 @@ def carry_out(stages, cfg, force=False):
     """Does what is left of some stages, in order, as the only run that writes to their folders; returns
     whether there was anything. What is only read is shared with other runs.
     """
-    cfg = cfg.pinned()
     cfg.check()
     check_guard()
+    cfg = cfg.pinned()
     mine = stages if ranks()[0] == 0 else []  # the locks are rank 0's
     roots = {one.root for one in mine if force or one.status(cfg) != "up to date"}
-    with contextlib.ExitStack() as locks:
-        if "SAVE_DIR" in roots:
-            locks.enter_context(owned(cfg, "SAVE_DIR"))
-        share = roots and locks.enter_context(owned(cfg, "DATA_ROOT", shared="DATA_ROOT" not in roots))
-        worked = []
-        for one in stages:
-            if share and one.root == "SAVE_DIR":
-                share()
-            worked.append(one.work(cfg, force))
-    return any(worked)
+    worked = False
+    with owned(cfg, "SAVE_DIR") if "SAVE_DIR" in roots else contextlib.nullcontext():
+        for root, group in itertools.groupby(stages, lambda one: one.root):
+            alone = root == "DATA_ROOT" and root in roots
+            with owned(cfg, "DATA_ROOT", shared=not alone) if roots else contextlib.nullcontext():
+                worked |= any([one.work(cfg, force) for one in group])
+    return worked
 
 
 # ============================================================================================================
 # 3 Acquire: ZIP, tar, folder, download or bundled corpus -> data_lakh/midi/, midi_index.json
 # ============================================================================================================
+# Whatever the source is, it is first a list of names, of which those that MAX_MIDI_FILES leaves are read, so
+# that its order decides nothing. Archives may come from anywhere: nothing is written outside MIDI_ROOT, no
+# link or device is made, and what would swell beyond reason is refused.
 
 LAKH_URL = "http://hog.ee.columbia.edu/craffel/lmd/"  # https is not served there, hence the checksums
 LAKH = {  # https://colinraffel.com/projects/lmd/, in bytes: 1,768,163,879, 1,407,072,670 and 234,283,029
@@ -707,61 +684,62 @@ MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 # What no honest archive of MIDI files comes near (Lakh has 178,561 of them):
 MAX_MEMBERS = 1_000_000
 MAX_FILE_BYTES = 16 * 2**20
-MAX_UNPACKED_BYTES = 256 * 2**30
 MAX_RATIO = 200  # unpacked to packed, of the whole archive
 FREE_RATIO_BYTES = 256 * 2**20  # a few equal files pack so well that small archives may have any ratio
 SPARE_DISK_BYTES = 256 * 2**20
 
 
 class Skip(Exception):
-    """Why one file is left out; its text is the reason in the books."""
+    """Why one file is left out; its text is the reason that is counted."""
 
 
-def source_path(cfg):
-    """The file or folder of the source, None if it is bundled or comes from elsewhere. Raises UserError."""
-    knobs = ("LMD_DOWNLOAD", "LMD_ZIP_PATH", "USE_LOCAL_MIDI", "DATASET")
-    chosen = [knob for knob in knobs if getattr(cfg, knob)]
+class Member(NamedTuple):
+    """A file of a source: its name, why it is not to be read or "", what makes its bytes or raises Skip."""
+    name: str
+    fault: str
+    read: object = None
+
+
+def find_source(cfg):
+    """(the music of the study in words, its path or None, what reads it). Raises UserError if there is none.
+
+    A reader takes (path, cfg), puts the files below MIDI_ROOT and returns the counts.
+    """
+    kinds = {"LMD_DOWNLOAD": (f"the Lakh MIDI Dataset ({cfg.LMD_DOWNLOAD})", "", read_lakh),
+             "LMD_ZIP_PATH": (Path(cfg.LMD_ZIP_PATH).name, cfg.LMD_ZIP_PATH, read_archive),
+             "USE_LOCAL_MIDI": (f"folder {cfg.LOCAL_MIDI_ROOT}", cfg.LOCAL_MIDI_ROOT, index_folder),
+             "DATASET": (f"The Session ({cfg.DATASET})", cfg.DATASET, read_dump)}
+    chosen = [knob for knob in kinds if getattr(cfg, knob)]
     need(len(chosen) <= 1, f"{' and '.join(chosen)} each name a source of music; set only one of them")
-    need(not cfg.LMD_DOWNLOAD or cfg.LMD_DOWNLOAD in LAKH,
-         f"LMD_DOWNLOAD is {cfg.LMD_DOWNLOAD!r}; choose {', '.join(LAKH)}")
     need(cfg.USE_LOCAL_MIDI or not cfg.LOCAL_MIDI_ROOT,
          "LOCAL_MIDI_ROOT is read with USE_LOCAL_MIDI only: add --USE_LOCAL_MIDI True, or leave it out")
+    words, given, reader = kinds[chosen[0]] if chosen else (FOLK, "", read_folk)
     if not chosen or cfg.LMD_DOWNLOAD or cfg.DATASET == "thesession":
-        return None
-    path = Path(cfg.LOCAL_MIDI_ROOT if cfg.USE_LOCAL_MIDI else cfg.LMD_ZIP_PATH or cfg.DATASET)
-    if not path.exists() and was_read(path, cfg):
-        return path
-    if cfg.USE_LOCAL_MIDI:
-        need(cfg.LOCAL_MIDI_ROOT and path.is_dir(), f"LOCAL_MIDI_ROOT is {cfg.LOCAL_MIDI_ROOT!r}, no folder")
-    meant = difflib.get_close_matches(cfg.DATASET, ["thesession"])
-    hint = "did you mean thesession?" if meant else "--USE_LOCAL_MIDI True --LOCAL_MIDI_ROOT reads a folder"
-    need(cfg.USE_LOCAL_MIDI or path.is_file(), f"{chosen[0]}: there is no file {path}; {hint}")
-    return path
-
-
-def was_read(path, cfg):
-    """Whether the source was read to its end from a file or folder of that name."""
-    return read_json(cfg.DATA_ROOT / "midi_index.json", {}).get("name") == Path(os.path.abspath(path)).name
+        return words, None, reader
+    path, index = Path(given), read_json(cfg.DATA_ROOT / "midi_index.json", {})
+    if path.exists() or index.get("name") != Path(os.path.abspath(path)).name:  # else it was read to its end
+        need(not cfg.USE_LOCAL_MIDI or (given and path.is_dir()), f"LOCAL_MIDI_ROOT is {given!r}, no folder")
+        meant = difflib.get_close_matches(cfg.DATASET, ["thesession"])
+        hint = "did you mean thesession?" if meant else "a folder is read by USE_LOCAL_MIDI, LOCAL_MIDI_ROOT"
+        need(cfg.USE_LOCAL_MIDI or path.is_file(), f"{chosen[0]}: there is no file {path}; {hint}")
+    return words, path, reader
 
 
 def source_id(cfg):
     """A dict that tells the source from any other. Raises UserError if there is none."""
-    path = source_path(cfg)
+    path, index = find_source(cfg)[1], read_json(cfg.DATA_ROOT / "midi_index.json", {})
     if cfg.LMD_DOWNLOAD:
         return {"content": LAKH[cfg.LMD_DOWNLOAD][1][:16]}
     if cfg.DATASET == "thesession":
         return {"dump": THESESSION_URL}
-    if path is None:
-        try:
-            return {package: importlib.metadata.version(package) for package in ("music21", "symusic")}
-        except importlib.metadata.PackageNotFoundError as error:  # as on a machine that only trains
-            index = read_json(cfg.DATA_ROOT / "midi_index.json", {})
-            need("source" in index, f"{error.name} is missing, which brings {FOLK}: install requirements.txt")
-            return index["source"]
-    if not path.exists():
+    if path and path.exists():
+        return {"content": content(path, cfg.DATA_ROOT / "manifests", MIDI_SUFFIXES)}
+    if path:
         say(f"note      {path} is gone: whether it is what was read from it can't be checked any more")
-        return read_json(cfg.DATA_ROOT / "midi_index.json")["source"]
-    return {"content": content(path, cfg.DATA_ROOT / "manifests", is_midi)}
+    elif importlib.util.find_spec("music21"):
+        return {package: importlib.metadata.version(package) for package in ("music21", "symusic")}
+    need("source" in index, f"music21 is missing, which brings {FOLK}: install requirements.txt")
+    return index["source"]
 
 
 # --- names
@@ -775,58 +753,48 @@ def rank(name):
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def check_name(name):
-    """Raises Skip for what is no music file, or can't be written under its name."""
+def name_fault(name):
+    """Why a file of that name is not read, or ""."""
     parts = re.split(r"[/\\]", name)
     if name.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")):
-        raise Skip("an archive in the source; unpack it and read the folder")
+        return "an archive in the source; unpack it and read the folder"
     if not is_midi(name):
-        raise Skip(f"not {', '.join(MIDI_SUFFIXES)}")
+        return f"not {', '.join(MIDI_SUFFIXES)}"
     if "__MACOSX" in parts or parts[-1].startswith("._"):
-        raise Skip("resource fork of macOS")  # which packs ._a.mid with every a.mid
-    if parts[-1].lower() in MIDI_SUFFIXES:
-        raise Skip("no name before the suffix")
-    if any(part.lower().endswith(".abc") for part in parts[:-1]):
-        raise Skip("in a folder named .abc")  # the text of a.mid is a.mid.abc
+        return "resource fork of macOS"  # which packs ._a.mid with every a.mid
     longest = max(len(part.encode("utf-8", "surrogatepass")) for part in parts)
-    if len(name) > 400 or longest > 230:  # file systems take 255 bytes, and suffixes are to come
-        raise Skip("name too long")
+    return "name too long" if len(name) > 400 or longest > 230 else ""  # of 255 bytes; suffixes are to come
 
 
-def choose(entries, limit):
-    """The places of the music files among [(name, why not to read it or "")], and a Counter of why others are
-    none; of more than `limit` (0: no limit) those of lowest rank.
+def size_fault(size):
+    """Why a file of that many bytes is not read, or ""."""
+    return "empty" if not size else f"larger than {MAX_FILE_BYTES >> 20} MiB" if size > MAX_FILE_BYTES else ""
+
+
+def choose(members, limit):
+    """(the members to use, in their order, a Counter of why others are not); of more than `limit` (0: no
+    limit) those of lowest rank.
     """
-    places, skipped = [], Counter()
-    for place, (name, fault) in enumerate(entries):
-        try:
-            check_name(name)
-            if fault:
-                raise Skip(fault)
-            places.append(place)
-        except Skip as reason:
-            skipped[str(reason)] += 1
-    if limit and len(places) > limit:
-        skipped["over MAX_MIDI_FILES"] = len(places) - limit
-        places = sorted(places, key=lambda place: rank(entries[place][0]))[:limit]
-    return sorted(places), skipped
+    faults = [name_fault(member.name) or member.fault for member in members]
+    skipped = Counter(filter(None, faults))
+    usable = [member for member, fault in zip(members, faults, strict=True) if not fault]
+    if limit and len(usable) > limit:
+        skipped["over MAX_MIDI_FILES"] = len(usable) - limit
+        lowest = sorted(range(len(usable)), key=lambda place: rank(usable[place].name))[:limit]
+        usable = [usable[place] for place in sorted(lowest)]
+    return usable, skipped
 
 
+UNSAFE = re.compile(r"[/\\]|.:|(.*[/\\])?\.\.[/\\]", re.S)  # leads out of the folder
 # Reserved and control characters, bytes that are no UTF-8 (to tarfile: surrogates), a final dot or blank.
 UNPORTABLE = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff]|[. ]\Z')
 
 
 def portable_path(name, taken):
-    """A relative path for every file system, unlike all in the set `taken` even where case does not count.
-
-    Raises Skip for a name that would lead out of the folder.
-    """
-    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")]
-    if name[0] in "/\\" or name[1] == ":" or ".." in parts:
-        raise Skip("unsafe path")
-    *folders, file = (UNPORTABLE.sub("_", part) for part in parts)
-    folders = [folder + "_" * is_midi(folder) for folder in folders]  # a.mid/b.mid must not bar a.mid
-    stem, suffix = os.path.splitext("/".join([*folders, file]))
+    """A relative path for every file system, unlike all in the set `taken` even where case does not count."""
+    parts = [UNPORTABLE.sub("_", part) for part in re.split(r"[/\\]", name) if part not in ("", ".")]
+    folders = [folder + "_" * is_midi(folder) for folder in parts[:-1]]  # a.mid/b.mid must not bar a.mid
+    stem, suffix = os.path.splitext("/".join([*folders, parts[-1]]))
     path, number = stem + suffix, len(taken)
     while (key := unicodedata.normalize("NFC", path).casefold()) in taken:
         path, number = f"{stem}-{number}{suffix}", number + 1
@@ -834,102 +802,72 @@ def portable_path(name, taken):
     return path
 
 
-# --- archives: lists of (name, why it is not to be read or "", function that reads it)
+# --- archives
 
-def size_fault(size):
-    """Why a file of that many bytes is not read, or ""."""
-    return "empty" if not size else f"larger than {MAX_FILE_BYTES >> 20} MiB" if size > MAX_FILE_BYTES else ""
-
-
-def check_bomb(path, unpacked, members):
-    limit = min(MAX_UNPACKED_BYTES, FREE_RATIO_BYTES + MAX_RATIO * os.path.getsize(path))
-    need(unpacked <= limit, f"{path} unpacks to more than {limit:,} bytes: refused as made to do harm")
-    need(members <= MAX_MEMBERS, f"{path} holds more than {MAX_MEMBERS:,} files: refused as made to do harm")
+# What reading one may raise.
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError,
+           NotImplementedError, OverflowError, RecursionError, UnicodeError)
 
 
-def zip_members(path, archive):
-    infos = [info for info in archive.infolist() if not info.is_dir()]
-    check_bomb(path, sum(info.file_size for info in infos), len(infos))  # zipfile reads no more than declared
-    return [(info.orig_filename, zip_fault(info), functools.partial(read_zip_member, archive, info))
-            for info in infos]
-
-
-def zip_fault(info):
-    if info.flag_bits & 1:
-        return "encrypted"
-    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-        return "link or device"
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
-        return "packed by another method than deflate"
-    return size_fault(info.file_size)
-
-
-def read_zip_member(archive, info):
-    try:
-        return archive.read(info)
-    except DAMAGED as error:
-        raise Skip("damaged in the archive") from error
-
-
-class StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end of the archive, and reads long names of any length."""
+class ShortHeaders(tarfile.TarInfo):
+    """tarfile reads a header, such as a long name, whatever its size."""
 
     @classmethod
     def frombuf(cls, buf, encoding, errors):
-        try:
-            info = super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from error
+        info = super().frombuf(buf, encoding, errors)
         if info.type not in tarfile.REGULAR_TYPES and info.size > 2**20:
             raise tarfile.ReadError("a header of more than 1 MiB")
         return info
 
 
-def tar_members(path, stream):
-    """Reads the archive to its end, which is where the checksum stands, and notes where its files lie."""
-    members = []
-    with tarfile.open(fileobj=stream, mode="r:", tarinfo=StrictTarInfo) as tar:
-        for member in progress(iter(tar.next, None), "looking", unit="file"):
-            tar.members.clear()  # or memory would grow with the archive
-            check_bomb(path, tar.offset, len(members))
-            fault = size_fault(member.size) if member.isreg() and not member.issparse() else "link or device"
-            read = functools.partial(read_part, stream, member.offset_data, member.size)
-            members += [] if member.isdir() else [(member.name, fault, read)]
-        unpacked = stream.seek(tar.offset)
-    while rest := stream.read(2**20):
-        unpacked += len(rest)
-        check_bomb(path, unpacked, len(members))
+def check_bomb(path, unpacked, members):
+    limit = FREE_RATIO_BYTES + MAX_RATIO * os.path.getsize(path)
+    need(unpacked <= limit, f"{path} unpacks to more than {limit:,} bytes: refused as made to do harm")
+    need(members <= MAX_MEMBERS, f"{path} holds more than {MAX_MEMBERS:,} files: refused as made to do harm")
+
+
+def tar_members(path, tar):
+    """Reads the archive to its end, which is where the checksum stands; a cut one must not pass for whole."""
+    members, stream = [], tar.fileobj
+    for info in progress(iter(tar.next, None), "looking", unit="file"):
+        check_bomb(path, tar.offset, len(members))
+        fault = size_fault(info.size) if info.isreg() and not info.issparse() else "link or device"
+        if not info.isdir():
+            members.append(Member(info.name, fault, lambda info=info: tar.extractfile(info).read()))
+    stream.seek(tar.offset)
+    if stream.read(tarfile.BLOCKSIZE).count(0) != tarfile.BLOCKSIZE:  # tarfile would take this for the end
+        raise tarfile.ReadError("no end")
+    while stream.read(2**20):
+        check_bomb(path, stream.tell(), len(members))
     return members
 
 
-def read_part(stream, offset, size):
-    stream.seek(offset)
-    return stream.read(size)
-
-
-# What reading an archive may raise.
-DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError,
-           NotImplementedError, OverflowError, RecursionError, UnicodeError)
+def zip_members(path, archive):
+    infos = [info for info in archive.infolist() if not info.is_dir()]
+    check_bomb(path, sum(info.file_size for info in infos), len(infos))  # zipfile reads no more than declared
+    bounded = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    return [Member(info.filename, "encrypted" if info.flag_bits & 1 else
+                   "packed by another method than deflate" if info.compress_type not in bounded else
+                   size_fault(info.file_size), functools.partial(archive.read, info)) for info in infos]
 
 
 def read_archive(path, cfg):
-    """The books of an archive, known by its content. Raises UserError if it can't be read to its end."""
-    openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+    """Writes the music of an archive, known by its content; returns the counts. Raises UserError if it can't
+    be read to its end.
+    """
     try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-            file.seek(0)
-            zipped = magic in (b"PK\3\4", b"PK\5\6")
-            opener = zipfile.ZipFile if zipped else openers.get(magic[:2], contextlib.nullcontext)
-            with opener(file) as opened:
-                members = (zip_members if zipped else tar_members)(path, opened)
-                places, skipped = choose([member[:2] for member in members], cfg.MAX_MIDI_FILES)
-                chosen = progress([members[place] for place in places], "extract", unit="file")
-                return write_members(((name, read) for name, _, read in chosen), cfg, skipped)
+        if tarfile.is_tarfile(path):
+            with tarfile.open(path, tarinfo=ShortHeaders) as tar:
+                return write_files(tar_members(path, tar), cfg)
+        with zipfile.ZipFile(path) as archive:
+            return write_files(zip_members(path, archive), cfg)
     except DAMAGED as error:
         raise UserError(f"{path} is no ZIP or tar archive, or is cut off or damaged ({error})") from error
+
+
+def read_lakh(_, cfg):
+    name, sha256 = LAKH[cfg.LMD_DOWNLOAD]
+    return read_archive(download(LAKH_URL + name, cfg.DATA_ROOT / "downloads" / name, sha256), cfg)
 
 
 # --- ABC from elsewhere: the bundled books, The Session, a tune that a user brings
@@ -1005,7 +943,7 @@ def mark_bars(text):
             if ended and re.search("[A-Ga-gxzXZ]", token):
                 out.append(f" [Q:1/4={FIRST_MARK + len(bars)}]")
                 ticks = metre[0] * 4 * QUARTER // metre[1]
-                bars.append(SimpleNamespace(metre=metre, ticks=ticks, seam=seam, notes=0))
+                bars.append(SimpleNamespace(metre=metre, ticks=ticks, seam=seam, notes=0, turns=0))
                 seam = ended = False
             if bars:
                 bars[-1].notes += count_notes(token)
@@ -1036,35 +974,49 @@ def with_bars(score, played):
     """What abc2midi made of marked ABC, [(tick, bar)] as played -> bytes of a MIDI file with the tune's own
     metres, and a rest before its pick-up. A short bar before a seam and the pick-up behind it are one bar.
     """
-    origin = played[0][0]
-    played = [*played, (max(score.end(), score.tempos[-1].time), None)]
-    bars = played[:1]
-    for (start, bar), (stop, _) in itertools.pairwise(played[1:]):
-        begun, before = bars[-1]
-        if not (bar.seam and start - begun < before.ticks == stop - begun):
-            bars.append((start, bar))
-    lengths = np.diff([start for start, _ in bars] + [played[-1][0]]).tolist()
+    bars, origin = [], played[0][0]  # bars: [start, length, bar]
+    end = max(score.end(), score.tempos[-1].time)
+    for (start, bar), (stop, _) in itertools.pairwise([*played, (end, None)]):
+        length, before = stop - start, bars[-1] if bars else None
+        if before and bar.seam and before[1] < before[2].ticks == before[1] + length:
+            before[1] += length
+        else:
+            bars.append([start, length, bar])
+    second = bars[1 % len(bars)][1]
+    rest = max(0, min(second, bars[0][2].ticks or second) - bars[0][1])
+    bars[0][0], bars[0][1] = origin - rest, bars[0][1] + rest
 
-    second = lengths[1 % len(bars)]
-    rest = max(0, min(second, bars[0][1].ticks or second) - lengths[0])
-    lengths[0] += rest
     tempos = [(change.time and change.time + rest - origin, round(change.qpm, 2)) for change in score.tempos]
     score = score.shift_time(rest - 1)  # abc2midi begins notes a tick late
     for changes in (score.key_signatures, score.time_signatures, score.tempos):
         changes.clear()
     score.tempos.extend([symusic.Tempo(tick, qpm) for tick, qpm in tempos if qpm < FIRST_MARK])
     metre = None
-    for (start, bar), length, after in zip(bars, lengths, [*lengths[1:], 0], strict=True):
+    for (start, length, bar), (_, after, _) in itertools.pairwise([*bars, (0, 0, None)]):
         before, metre = metre, played_metre(bar, length, after)
         if metre != before:
-            tick = start + rest - origin if before else 0
-            score.time_signatures.append(symusic.TimeSignature(tick, *metre))
+            score.time_signatures.append(symusic.TimeSignature(start + rest - origin, *metre))
     return score.dumps_midi()
 
 
-def foreign_abc_to_midi(text, program):
+def run_abc2midi(abc, timeout_s=20):
+    """Bytes of one tune (books crash abc2midi) -> (those of a MIDI file, what it said). Raises Skip."""
+    program = os.environ["SYMUSIC_ABC2MIDI"]  # which symusic brings
+    with tempfile.TemporaryDirectory() as folder:
+        midi = Path(folder, "tune.mid")
+        try:
+            done = subprocess.run([program, "-", "-o", midi], input=abc, timeout=timeout_s,
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            raise Skip("abc2midi timed out") from None
+        if done.returncode or not midi.exists():
+            raise Skip("abc2midi failed")
+        return midi.read_bytes(), done.stdout.decode("utf-8", "replace")
+
+
+def foreign_abc_to_midi(text):
     """A tune in anyone's ABC -> bytes of a MIDI file: its notes as they are written, its bars as they are
-    played. `program` is that of abc2midi_program. Raises Skip, UserError.
+    played. Raises Skip.
     """
     head, *rest = re.split(r"^(K:.*\n)\s*", plain_text(text), maxsplit=1, flags=re.M)
     if not rest:
@@ -1076,14 +1028,15 @@ def foreign_abc_to_midi(text, program):
     if not notes or len(bars) > MAX_BARS:
         raise Skip(f"more than {MAX_BARS:,} bars" if notes else "no music")
 
-    score = symusic.Score.from_midi(run_abc2midi(program, marked.encode())[0])
+    score = symusic.Score.from_midi(run_abc2midi(marked.encode())[0])
     marks = {tempo.time: 60_000_000 // max(1, tempo.mspq) - FIRST_MARK for tempo in score.tempos}
-    played = [(tick, mark) for tick, mark in sorted(marks.items()) if 0 <= mark < len(bars)]
-    turns = Counter(mark for _, mark in played)
-    expected = sum(bar.notes * max(1, turns[mark]) for mark, bar in enumerate(bars))
+    played = [(tick, bars[mark]) for tick, mark in sorted(marks.items()) if 0 <= mark < len(bars)]
+    for _, bar in played:
+        bar.turns += 1
+    expected = sum(bar.notes * max(1, bar.turns) for bar in bars)
     if not played or score.note_num() < 0.9 * expected * count_notes(music) / notes:
         raise Skip("notes lost")
-    return with_bars(score, [(tick, bars[mark]) for tick, mark in played])
+    return with_bars(score, played)
 
 
 def read_foreign(path):
@@ -1099,51 +1052,21 @@ def read_foreign(path):
     if len(tunes) > 1:
         say(f"prompt    {path} holds {len(tunes)} tunes; the first one is taken")
     try:
-        with abc2midi_program() as program:
-            return foreign_abc_to_midi("".join(tunes[:1]), program)
+        return foreign_abc_to_midi("".join(tunes[:1]))
     except Skip as reason:
         raise UserError(f"{path} can't be read as a tune: {reason}") from reason
 
 
-@contextlib.contextmanager
-def abc2midi_program():
-    """Yields the path of a private copy of the abc2midi in symusic, which pip leaves without the run bit."""
-    bundled = Path(importlib.util.find_spec("symusic").origin).parent / "bin"
-    with tempfile.TemporaryDirectory(prefix="abc2midi", ignore_cleanup_errors=True) as folder:
-        program = Path(shutil.copy(next(bundled.glob("abc2midi*")), folder))
-        program.chmod(0o700)
-        yield program
-
-
-def run_abc2midi(program, abc, timeout_s=20):
-    """Bytes of one tune (books crash abc2midi) -> (those of a MIDI file, what it said). Raises Skip."""
-    with tempfile.TemporaryDirectory(dir=program.parent) as folder:
-        midi = Path(folder, "tune.mid")
-        try:
-            done = subprocess.run([program, "-", "-o", midi], input=abc, timeout=timeout_s,
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        except subprocess.TimeoutExpired:
-            raise Skip("abc2midi timed out") from None
-        except OSError as error:
-            raise UserError(f"can't run abc2midi ({error}); set TMPDIR to where programs may run") from error
-        if done.returncode or not midi.exists():
-            raise Skip("abc2midi failed")
-        return midi.read_bytes(), done.stdout.decode("utf-8", "replace")
-
-
-def abc_members(tunes, text_of, cfg):
-    """(name, function that makes its MIDI file) of each [(name, what text_of takes)], in the order of their
-    rank. Threads make beforehand the first MAX_MIDI_FILES, which will be used.
-    """
-    tunes = sorted(tunes, key=lambda tune: rank(tune[0]))
-    with abc2midi_program() as program, ThreadPool(2 * cfg.WORKERS) as pool:  # threads mostly wait
-
-        def make(source):
-            return foreign_abc_to_midi(text_of(source), program)
-
-        jobs = [pool.apply_async(make, [source]) for _, source in tunes[:cfg.MAX_MIDI_FILES or None]]
-        for i, (name, source) in enumerate(progress(tunes, "extract", unit="tune")):
-            yield name, jobs[i].get if i < len(jobs) else functools.partial(make, source)
+def write_tunes(tunes, text_of, cfg):
+    """Writes the music of [(name, what `text_of` makes ABC of)]; returns the counts."""
+    members = [Member(name, "", lambda source=source: foreign_abc_to_midi(text_of(source)))
+               for name, source in tunes]
+    pool = ThreadPool(2 * cfg.WORKERS)  # they mostly wait
+    try:
+        return write_files(members, cfg, pool.imap)
+    finally:
+        pool.terminate()
+        pool.join()  # after Ctrl-C too: what they began leaves no files
 
 
 def folk_tunes():
@@ -1155,6 +1078,10 @@ def folk_tunes():
             number = int(re.match(rb"X:\s*(\d+)", tune)[1])
             tunes[f"{book.parent.name}/{book.stem}_{number:04d}.mid"] = tune
     return list(tunes.items())
+
+
+def read_folk(_, cfg):
+    return write_tunes(folk_tunes(), plain_text, cfg)
 
 
 # --- The Session: the dump at https://github.com/adactio/TheSession-data, or what its pages answer as JSON
@@ -1171,15 +1098,16 @@ def dump_rows(path):
         try:
             tunes = json.loads(text)
             tunes = tunes.get("tunes", [tunes]) if isinstance(tunes, dict) else tunes
-            return [{"tune_id": tune.get("id"), "meter": TYPE_METRES.get(tune.get("type"), "4/4")} | row
+            rows = [{"tune_id": tune.get("id"), "meter": TYPE_METRES.get(tune.get("type"), "4/4")} | row
                     for tune in tunes for row in tune.get("settings", [tune])]
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is damaged, cut off or no tunes.json ({error})") from error
-    backslash = re.search(r'\\"(?![",\r\n])', text)  # some write a quotation mark so, others double it
-    csv.field_size_limit(2**31 - 1)  # a quotation mark that is never closed takes the rest for a field
-    table = csv.DictReader(io.StringIO(text), escapechar="\\" if backslash else None)
-    need("abc" in (table.fieldnames or ()), f"{path} is no tunes.csv or tunes.json of The Session")
-    return list(table)
+    else:
+        backslash = re.search(r'\\"(?![",\r\n])', text)  # some write a quotation mark so, others double it
+        csv.field_size_limit(2**31 - 1)  # a quotation mark that is never closed takes the rest for a field
+        rows = csv.DictReader(io.StringIO(text), escapechar="\\" if backslash else None)
+        need("abc" in (rows.fieldnames or ()), f"{path} is no tunes.csv or tunes.json of The Session")
+    return [{COLUMNS.get(name, name): value for name, value in row.items()} for row in rows]
 
 
 def setting_abc(row):
@@ -1196,55 +1124,46 @@ def setting_abc(row):
 
 
 def read_dump(path, cfg):
-    """The books of a dump, and how new it is."""
-    rows = [{COLUMNS.get(name, name): value for name, value in row.items()} for row in dump_rows(path)]
+    """Writes the music of a dump, if none is named of one of 2020; returns the counts, and how new it is."""
+    rows = dump_rows(path or download(THESESSION_URL, cfg.DATA_ROOT / "downloads" / "thesession.csv"))
     newest = max((str(row.get("date") or "")[:10] for row in rows), default="")
     tunes = [(f"{row.get('tune_id') or 0}/{row.get('setting_id') or 0}.mid", row) for row in rows]
-    books = write_members(abc_members(tunes, setting_abc, cfg), cfg)
-    return books | {"corpus": f"The Session, settings until {newest}", "dump": {"newest": newest}}
+    counts = write_tunes(tunes, setting_abc, cfg)
+    return counts | {"corpus": f"The Session, settings until {newest}", "dump": {"newest": newest}}
 
 
 # --- download
 
-def download(url, path, *, sha256=None, pauses=(2, 10, 30)):
-    """Fetches `url` to `path`, unless it is there; returns `path`. Goes on where another attempt broke off.
-
-    `pauses`: seconds between attempts that bring nothing new. Raises UserError for a file that can't be had
-    or has another checksum.
+def download(url, path, sha256="", pauses=(2, 10, 30)):
+    """Fetches `url` to `path`, unless it is there; returns `path`. Goes on where another attempt broke off,
+    after so many seconds of pause. Raises UserError for a file that can't be had or has another checksum.
     """
-    path = Path(path)
-    part, waits, most = path.with_name(path.name + ".part"), list(pauses), 0
+    path, waits = Path(path), list(pauses)
+    part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     while not path.exists():
         try:
             fetch_rest(url, part)
-            with open(part, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest() if sha256 else None
-            if found == sha256:
-                os.replace(part, path)
-            part.with_suffix(".tag").unlink(missing_ok=True)  # without it the next attempt begins anew
-            need(found == sha256, f"{url} is not the known file: its SHA-256 is {found}; run again to retry")
         except requests.RequestException as error:
-            code = error.response.status_code if error.response is not None else 500
+            code = getattr(error.response, "status_code", 500)
             reason = "no connection, or it broke off" if error.response is None else f"status {code}"
-            if part.exists() and part.stat().st_size > most:
-                waits, most = list(pauses), part.stat().st_size
             need(waits and code >= 500, f"can't download {url}: {reason}; what has come is kept")
             time.sleep(waits.pop(0))
-        except OSError as error:
-            raise UserError(f"can't write {part}: {error.strerror}") from error
+            continue
+        found = file_digest(part)
+        if sha256 and found != sha256:
+            part.unlink()
+            raise UserError(f"{url} is not the known file: its SHA-256 is {found}; run again to retry")
+        os.replace(part, path)
     return path
 
 
 def fetch_rest(url, part):
-    """One request for what `part` lacks, or for all unless the server says that the file is the same."""
-    note = part.with_suffix(".tag")  # names the version of the file that `part` is the beginning of
-    tag = note.read_text("utf-8") if note.exists() and part.exists() else ""
-    have = part.stat().st_size if tag else 0
-    asked = {"Range": f"bytes={have}-", "If-Range": tag} if have else {}
-    asked["Accept-Encoding"] = "identity"  # or lengths would be those of packed bytes
+    """One request for what `part` lacks: no file that the study fetches ever gets a newer version."""
+    have = part.stat().st_size if part.exists() else 0
+    asked = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}  # not the lengths of packed bytes
     with requests.get(url, headers=asked, stream=True, timeout=30) as reply:
-        if have and reply.status_code == 416:  # nothing is left to send
+        if reply.status_code == 416:  # nothing is left to send
             return
         reply.raise_for_status()
         have = have if reply.status_code == 206 else 0
@@ -1252,100 +1171,71 @@ def fetch_rest(url, part):
         need(shutil.disk_usage(part.parent).free > length + SPARE_DISK_BYTES, f"no space for {part}")
         bar = progress(None, part.stem, have + length or None, initial=have, unit="B", unit_scale=True)
         with bar, open(part, "ab" if have else "wb") as out:
-            write_text(note, reply.headers.get("ETag") or reply.headers.get("Last-Modified", ""))
             for chunk in reply.iter_content(2**16):  # what is less than a chunk gets lost with the connection
                 bar.update(out.write(chunk))
-    if length and part.stat().st_size != have + length:
-        raise requests.ConnectionError("the connection broke off")
 
 
 # --- the stage
 
-def write_members(members, cfg, skipped=()):
-    """Writes the music of [(name, function that reads it or raises Skip)] below MIDI_ROOT, not more than
-    MAX_MIDI_FILES; returns the books. `skipped` counts what was left out before. Raises UserError for a
-    folder filled by others.
+def read_member(member):
+    """(bytes of a member, "") or (b"", why there are none)."""
+    try:
+        return member.read(), ""
+    except (Skip, *DAMAGED) as error:
+        return b"", str(error) if isinstance(error, Skip) else "damaged in the archive"
+
+
+def write_files(members, cfg, apply=map):
+    """Writes the music among `members` below MIDI_ROOT, at most MAX_MIDI_FILES; returns the counts. `apply`
+    reads them. Raises UserError for a folder filled by others.
 
     No fsync, no renaming: what a killed run left half written is in no index, and is written again.
     """
-    root, taken, files, skipped = cfg.MIDI_ROOT, set(), [], Counter(skipped)
+    root, taken, files = cfg.MIDI_ROOT, set(), []
     need(cfg.ABC_ROOT.resolve() != root.resolve(), "MIDI_ROOT and ABC_ROOT are one folder; set one of them")
     marker = root / ".extracted_by_LakhMIDI"  # all beside it is ours to replace
     need(not root.exists() or marker.exists() or not any(root.iterdir()),
          f"{root} holds other files; set MIDI_ROOT to an empty folder, or read them with USE_LOCAL_MIDI")
-    for name, read in members:
-        try:
-            check_name(name)
-            if cfg.MAX_MIDI_FILES and len(files) == cfg.MAX_MIDI_FILES:
-                raise Skip("over MAX_MIDI_FILES")
-            path, data = root / portable_path(name, taken), read()
-            if fault := size_fault(len(data)):
-                raise Skip(fault)
-        except Skip as reason:
-            skipped[str(reason)] += 1
+    members = [one._replace(fault="unsafe path") if UNSAFE.match(one.name) else one for one in members]
+    chosen, skipped = choose(members, cfg.MAX_MIDI_FILES)
+    read = progress(apply(read_member, chosen), "extract", len(chosen), "file")
+    for member, (data, fault) in zip(chosen, read, strict=True):
+        if fault := fault or size_fault(len(data)):
+            skipped[fault] += 1
             continue
-        write_new(path, data, marker)
+        path = root / portable_path(member.name, taken)
+        with told_for(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+            need(shutil.disk_usage(root).free > SPARE_DISK_BYTES, f"the disk of {root} is full")
+            path.unlink(missing_ok=True)  # rather than written into: it may be a link
+            path.write_bytes(data)
         files.append(path.relative_to(root).as_posix())
-    return {"files": sorted(files), "skipped": dict(skipped), "seen": len(files) + skipped.total()}
+    return {"files": sorted(files), "skipped": dict(skipped), "seen": len(members)}
 
 
-def write_new(path, data, marker):
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-        need(shutil.disk_usage(marker.parent).free > SPARE_DISK_BYTES, f"the disk of {marker.parent} is full")
-        path.unlink(missing_ok=True)  # rather than written into: it may be a link
-        path.write_bytes(data)
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}; see to that and run again") from error
-
-
-def index_folder(cfg):
-    """The books of LOCAL_MIDI_ROOT, which is only read."""
-    root = Path(cfg.LOCAL_MIDI_ROOT)
+def index_folder(root, cfg):
+    """The counts of LOCAL_MIDI_ROOT, which is only read."""
     for knob in ("DATA_ROOT", "ABC_ROOT", "SAVE_DIR"):
         need(not getattr(cfg, knob).resolve().is_relative_to(root.resolve()),
              f"{knob} is inside LOCAL_MIDI_ROOT, where nothing is written; move one of them")
-    entries = [(name, size_fault(facts.st_size) if facts else "broken link or device")
+    members = [Member(name, size_fault(facts.st_size) if facts else "broken link or device")
                for name, facts in files_below(root)]
-    places, skipped = choose(entries, cfg.MAX_MIDI_FILES)
-    files = sorted(entries[place][0] for place in places)
-    return {"files": files, "skipped": dict(skipped), "seen": len(entries)}
-
-
-def read_source(cfg):
-    """The books of the source that the knobs name; its files are then below MIDI_ROOT."""
-    downloads = cfg.DATA_ROOT / "downloads"
-    if cfg.USE_LOCAL_MIDI:
-        return index_folder(cfg)
-    if cfg.LMD_DOWNLOAD:
-        name, sha256 = LAKH[cfg.LMD_DOWNLOAD]
-        return read_archive(download(LAKH_URL + name, downloads / name, sha256=sha256), cfg)
-    if cfg.LMD_ZIP_PATH:
-        return read_archive(cfg.LMD_ZIP_PATH, cfg)
-    if cfg.DATASET == "thesession":
-        try:
-            dump = download(THESESSION_URL, downloads / "thesession.csv", pauses=(1, 3))
-        except UserError as error:
-            say(f"extract   {error}; going on with {FOLK} (--force tries again)")
-        else:
-            return read_dump(dump, cfg)
-    elif cfg.DATASET:
-        return read_dump(cfg.DATASET, cfg)
-    return write_members(abc_members(folk_tunes(), plain_text, cfg), cfg) | {"corpus": FOLK}
+    chosen, skipped = choose(members, cfg.MAX_MIDI_FILES)
+    return {"files": sorted(member.name for member in chosen), "skipped": dict(skipped), "seen": len(members)}
 
 
 @stage(version=3, knobs="source MAX_MIDI_FILES")
 def extract(cfg):
     """Puts the music files of the source into MIDI_ROOT; midi_index.json says which of those there to use."""
-    index, path = cfg.DATA_ROOT / "midi_index.json", source_path(cfg)
+    index, (words, path, reader) = cfg.DATA_ROOT / "midi_index.json", find_source(cfg)
     index.unlink(missing_ok=True)
     name = path and Path(os.path.abspath(path)).name
-    books = {"corpus": cfg.corpus, "source": cfg.source, "name": name} | read_source(cfg)
-    files, skipped = books["files"], books["skipped"]
-    need(files, f"no music files in {cfg.corpus}; skipped: {skipped or 'nothing'}")
-    say(f"extract   {len(files):,} of {books['seen']:,} files; skipped: {skipped or 'none'}")
-    write_json(index, books)
+    counts = {"corpus": words, "source": cfg.source, "name": name} | reader(path, cfg)
+    files, skipped = counts["files"], counts["skipped"]
+    need(files, f"no music files in {words}; skipped: {skipped or 'nothing'}")
+    say(f"extract   {len(files):,} of {counts['seen']:,} files; skipped: {skipped or 'none'}")
+    write_json(index, counts)
     return [index] if cfg.USE_LOCAL_MIDI else [index, cfg.MIDI_ROOT]
 
 
@@ -5029,8 +4919,7 @@ def abc2midi_faults(text):
         return set(zip(notes.pitch.tolist(), np.rint(48 * notes.onset).tolist(), strict=True))
 
     try:
-        with abc2midi_program() as program:
-            midi, said = run_abc2midi(program, text.encode())
+        midi, said = run_abc2midi(text.encode())
         heard = read_score(midi).notes
     except Skip as skip:
         return {str(skip).replace(" ", "_")}, {}

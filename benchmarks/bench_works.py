@@ -44,9 +44,9 @@ def load(archives):
                     label = f"{Path(path).stem} {song[1] if song else name}"
                     files.append((Path(path).stem, label, archive.read(name)))
     titles = folk_titles()
-    for name, read in study.abc_members(study.folk_tunes(), study.plain_text, study.Cfg()):
+    for name, text in study.folk_tunes():
         try:
-            files.append(("folk", titles[name], read()))
+            files.append(("folk", titles[name], study.foreign_abc_to_midi(text)))
         except study.Skip:
             continue
     works = []

@@ -36,25 +36,19 @@ def extract(tmp_path, monkeypatch):
     return run
 
 
-def tar(path, members, mode="w"):
-    """A tar of (name or TarInfo, bytes)."""
-    with tarfile.open(path, mode) as archive:
+def pack(path, kind, members):
+    """A ZIP (kind "zip") or tar ("w", "w:gz" ...) of (name or TarInfo, bytes)."""
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in members:
+                archive.writestr(name, data)
+        return path
+    with tarfile.open(path, kind) as archive:
         for name, data in members:
             info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return path
-
-
-def zip_(path, members):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in members:
-            archive.writestr(name, data)
-    return path
-
-
-def pack(path, kind, members):
-    return zip_(path, members) if kind == "zip" else tar(path, members, kind)
 
 
 KINDS = pytest.mark.parametrize("kind", ["zip", "w", "w:gz", "w:bz2", "w:xz"])
@@ -66,9 +60,9 @@ def test_every_archive_by_content_not_by_name(extract, tmp_path, kind):
     names = ["a/x.mid", "a/Y.MIDI", "k.KAR", "b/c/r.rmi", ".38 Special/.x.mid", "readme.txt", "inner.zip",
              "__MACOSX/a/y.mid", "a/._x.mid", ".mid"]
     index = extract(LMD_ZIP_PATH=pack(tmp_path / "archive.bin", kind, [(name, MIDI) for name in names]))
-    assert index["files"] == [".38 Special/.x.mid", "a/Y.MIDI", "a/x.mid", "b/c/r.rmi", "k.KAR"]
+    assert index["files"] == [".38 Special/.x.mid", ".mid", "a/Y.MIDI", "a/x.mid", "b/c/r.rmi", "k.KAR"]
     assert index["skipped"] == {NO_MUSIC: 1, "an archive in the source; unpack it and read the folder": 1,
-                                "resource fork of macOS": 2, "no name before the suffix": 1}
+                                "resource fork of macOS": 2}
     assert (tmp_path / "data/midi/a/x.mid").read_bytes() == MIDI
 
 
@@ -77,31 +71,27 @@ def test_hostile_names_are_refused(extract, tmp_path, kind):
     names = ["/abs.mid", "../up.mid", "a/../../up.mid", "C:/drive.mid", "c:drive.mid", "..\\win.mid",
              "\\\\host\\x.mid", "a/" + "n" * 241 + ".mid", "/".join(["d" * 40] * 20) + "/deep.mid"]
     path = pack(tmp_path / "hostile", kind, [(name, MIDI) for name in ["ok.mid", *names]])
-    index = extract(LMD_ZIP_PATH=path)
-    assert index["files"] == ["ok.mid"]
-    assert index["skipped"] == {"unsafe path": 7, "name too long": 2}
+    index = extract(LMD_ZIP_PATH=path, MAX_MIDI_FILES=1)  # they are no choice
+    assert index["files"] == ["ok.mid"] and index["skipped"] == {"unsafe path": 7, "name too long": 2}
     assert {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*")} == {"hostile", "data"}
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 @BOTH
 def test_odd_names_become_portable_and_never_collide(extract, tmp_path, kind):
     names = ["Who?.mid", "who_.MID", "a.mid", "A.mid", "a.mid", "a-2.mid", "a.mid/b.mid", "tab\there.mid",
              "dot./x.mid", "win\\dows.mid", "./a/./x.mid", "caf\u00e9.mid", "cafe\u0301.mid"]
+    names += ["M\udcfcller.mid", "M\udce4ller.mid"] * (kind == "w")  # no UTF-8
     contents = [MIDI + bytes([i]) for i in range(len(names))]
     index = extract(LMD_ZIP_PATH=pack(tmp_path / "odd", kind, zip(names, contents, strict=True)))
     files = index["files"]
     assert len(files) == len({f.casefold() for f in files}) == len(names) and not index["skipped"]
     assert {(tmp_path / "data/midi" / f).read_bytes() for f in files} == set(contents)
     portable = {"Who_.mid", "a.mid", "a.mid_/b.mid", "tab_here.mid", "dot_/x.mid", "win/dows.mid", "a/x.mid"}
-    assert portable <= set(files)
+    assert portable | ({"M_ller.mid"} if kind == "w" else set()) <= set(files)
 
 
-def test_names_that_are_not_utf8(extract, tmp_path):
-    path = tar(tmp_path / "latin.tar", [("M\udcfcller.mid", MIDI), ("M\udce4ller.mid", MIDI + b"2")])
-    assert extract(LMD_ZIP_PATH=path)["files"] == ["M_ller-1.mid", "M_ller.mid"]
-
-
-def test_links_devices_sparse_and_empty_files(extract, tmp_path, monkeypatch):
+def test_what_an_archive_holds_beside_files(extract, tmp_path, monkeypatch):
     monkeypatch.setattr(acquire, "MAX_FILE_BYTES", 1000)
     special = []
     kinds = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE,
@@ -111,38 +101,34 @@ def test_links_devices_sparse_and_empty_files(extract, tmp_path, monkeypatch):
         info.type, info.linkname = kind, "/etc/passwd" if i < 2 else ""
         special.append((info, b""))
     members = [("ok.mid", MIDI), *special, ("e.mid", b""), ("big.mid", b"x" * 1001)]
-    index = extract(LMD_ZIP_PATH=tar(tmp_path / "t", members))
+    index = extract(LMD_ZIP_PATH=pack(tmp_path / "t", "w", members))
     assert index["files"] == ["ok.mid"]
     assert index["skipped"] == {"link or device": 6, "empty": 1, "larger than 0 MiB": 1}
     link = zipfile.ZipInfo("link.mid")
     link.external_attr = 0o120777 << 16
-    index = extract(LMD_ZIP_PATH=zip_(tmp_path / "z", [("ok.mid", MIDI), (link, "/etc/passwd")]))
-    assert index["skipped"] == {"link or device": 1}
+    extract(LMD_ZIP_PATH=pack(tmp_path / "z", "zip", [("ok.mid", MIDI), (link, "/etc/passwd")]))
+    assert not (tmp_path / "data/midi/link.mid").is_symlink()
 
 
-def test_what_lies_in_the_way_is_replaced_not_written_through(extract, tmp_path):
-    extract(LMD_ZIP_PATH=zip_(tmp_path / "1.zip", [("a.mid", MIDI), ("b.mid", MIDI), ("old.mid", MIDI)]))
+def test_what_lies_in_the_way_is_replaced_or_left_alone(extract, tmp_path):
+    names = ["a.mid", "b.mid", "old.mid"]
+    extract(LMD_ZIP_PATH=pack(tmp_path / "1.zip", "zip", [(name, MIDI) for name in names]))
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / "data/midi/b.mid").unlink()
     (tmp_path / "data/midi/b.mid").symlink_to(tmp_path / "mine.txt")
     os.link(tmp_path / "data/midi/a.mid", tmp_path / "backup.mid")
-    index = extract(LMD_ZIP_PATH=zip_(tmp_path / "2.zip", [("a.mid", MIDI + b"other"), ("b.mid", MIDI)]))
-    assert index["files"] == ["a.mid", "b.mid"]
+    path = pack(tmp_path / "2.zip", "zip", [("a.mid", MIDI + b"other"), ("b.mid", MIDI)])
+    assert extract(LMD_ZIP_PATH=path)["files"] == ["a.mid", "b.mid"]
     assert (tmp_path / "mine.txt").read_text() == "mine" and (tmp_path / "backup.mid").read_bytes() == MIDI
     assert (tmp_path / "data/midi/b.mid").read_bytes() == MIDI
-
-
-def test_a_folder_of_others_is_left_alone(extract, tmp_path):
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "a.mid").write_bytes(b"mine")
-    with pytest.raises(UserError, match="MIDI_ROOT"):
-        extract(LMD_ZIP_PATH=zip_(tmp_path / "z", [("a.mid", MIDI)]), MIDI_ROOT=mine)
-    assert (mine / "a.mid").read_bytes() == b"mine" and len(list(mine.iterdir())) == 1
+    with pytest.raises(UserError, match="MIDI_ROOT"):  # a folder of others
+        extract(LMD_ZIP_PATH=path, MIDI_ROOT=tmp_path)
+    assert not (tmp_path / "a.mid").exists()
 
 
 def test_members_of_a_zip_that_can_not_be_read(extract, tmp_path):
-    path = zip_(tmp_path / "z", [("ok.mid", MIDI), ("locked.mid", MIDI), ("bad.mid", bytes(range(256)))])
+    members = [("ok.mid", MIDI), ("locked.mid", MIDI), ("bad.mid", bytes(range(256)))]
+    path = pack(tmp_path / "z", "zip", members)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("bz.mid", MIDI, zipfile.ZIP_BZIP2)
     data = bytearray(path.read_bytes())
@@ -179,32 +165,32 @@ def test_bombs_and_what_is_cut_off(extract, tmp_path, monkeypatch, kind):
 def test_tars_made_to_do_harm(extract, tmp_path, monkeypatch):
     monkeypatch.setattr(acquire, "FREE_RATIO_BYTES", 2**20)
     monkeypatch.setattr(acquire, "MAX_MEMBERS", 5)
-    good = tar(tmp_path / "good", [(f"{i}.mid", MIDI) for i in range(3)]).read_bytes()
     path = tmp_path / "t"
-    path.write_bytes(gzip.compress(good + bytes(32 * 2**20)))  # behind the end
-    with pytest.raises(UserError, match="unpacks to more"):
-        extract(LMD_ZIP_PATH=path)
+    good = pack(path, "w", [(f"{i}.mid", MIDI) for i in range(3)]).read_bytes()
     garbled = bytearray(good)
     garbled[1024 + 150] ^= 255  # in the checksum of the second header
-    path.write_bytes(garbled)
-    with pytest.raises(UserError, match="damaged"):
-        extract(LMD_ZIP_PATH=path)
-    info = tarfile.TarInfo("././@LongLink")
-    info.type = tarfile.GNUTYPE_LONGNAME
-    with pytest.raises(UserError, match="header"):
-        extract(LMD_ZIP_PATH=tar(path, [("ok.mid", MIDI), (info, bytes(2**20 + 1))]))
-    with pytest.raises(UserError, match="more than 5"):
-        extract(LMD_ZIP_PATH=tar(path, [(f"{i}.mid", MIDI) for i in range(7)]))
+    name = tarfile.TarInfo("././@LongLink")
+    name.type = tarfile.GNUTYPE_LONGNAME
+    for data, words in [
+        (gzip.compress(good + bytes(32 * 2**20)), "unpacks to more"),  # behind the end
+        (garbled, "damaged"),
+        (pack(path, "w", [("ok.mid", MIDI), (name, bytes(2**20 + 1))]).read_bytes(), "header"),
+        (pack(path, "w", [(f"{i}.mid", MIDI) for i in range(7)]).read_bytes(), "more than 5"),
+    ]:
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=words):
+            extract(LMD_ZIP_PATH=path)
+    path.write_bytes(good)
     monkeypatch.setattr(acquire, "SPARE_DISK_BYTES", 2**60)
     with pytest.raises(UserError, match="full"):
-        extract(LMD_ZIP_PATH=tar(path, [("ok.mid", MIDI)]))
+        extract(LMD_ZIP_PATH=path)
 
 
 def test_users_mistakes(extract, tmp_path):
     (tmp_path / "text.zip").write_text("not an archive at all" * 99)
     (tmp_path / "songs.7z").write_bytes(b"7z\xbc\xaf\x27\x1c" + os.urandom(5_000))
     (tmp_path / "empty").mkdir()
-    nested = zip_(tmp_path / "nested.zip", [("inner.zip", b"PK")])
+    nested = pack(tmp_path / "nested.zip", "zip", [("inner.zip", b"PK")])
     for knobs, words in [
         ({"LMD_ZIP_PATH": "no.zip"}, "no file"),
         ({"LMD_ZIP_PATH": tmp_path}, "LOCAL_MIDI_ROOT"),
@@ -279,7 +265,7 @@ def test_identity_is_content(extract, tmp_path):
     os.utime(root / "a.mid", (1, 1))
     assert acquire.extract.status(Cfg(DATA_ROOT=tmp_path / "data", **knobs)) == "stale: source changed"
 
-    path = zip_(tmp_path / "z.zip", [("a.mid", MIDI)])
+    path = pack(tmp_path / "z.zip", "zip", [("a.mid", MIDI)])
     extract(LMD_ZIP_PATH=path)
     cfg = Cfg(DATA_ROOT=tmp_path / "data", LMD_ZIP_PATH="z.zip")
     path.rename(tmp_path / "y.zip")
@@ -301,12 +287,13 @@ def test_embedded_tunes(extract, tmp_path):
 
 
 @pytest.mark.parametrize("script, reason", [("sleep 5", "timed out"), ("kill -SEGV $$", "failed")])
-def test_abc2midi_that_hangs_or_fails(tmp_path, script, reason):
+def test_abc2midi_that_hangs_or_fails(tmp_path, monkeypatch, script, reason):
     program = tmp_path / "abc2midi"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o700)
+    monkeypatch.setenv("SYMUSIC_ABC2MIDI", str(program))
     with pytest.raises(acquire.Skip, match=reason):
-        acquire.run_abc2midi(program, b"X:1\n", timeout_s=0.2)
+        acquire.run_abc2midi(b"X:1\n", timeout_s=0.2)
 
 
 # --- download
@@ -319,25 +306,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"
 
     def do_GET(self):
-        how = self.server.how
-        self.server.asked.append(self.headers.get("Range"))
-        body, etag, start = how.get("body", BODY), how.get("etag", '"1"'), 0
+        how, span, start = self.server.how, self.headers["Range"], 0
+        body, cuts = how.get("body", BODY), how.get("cuts", [])
+        self.server.asked.append(span)
         if "status" in how:
             self.send_error(how["status"])
             return
-        span = self.headers.get("Range")
-        if span and not how.get("no_range") and (self.headers.get("If-Range") == etag):
+        if how.get("ranges", True):
             start = int(span[6:-1])
-            self.send_response(206 if start < len(body) else 416)
-        else:
-            self.send_response(200)
+        self.send_response(200 if not how.get("ranges", True) else 206 if start < len(body) else 416)
         if how.get("length", True):
             self.send_header("Content-Length", str(len(body) - start))
-        if etag:
-            self.send_header("ETag", etag)
         self.end_headers()
-        cuts = how.get("cuts", [])
-        self.wfile.write(body[start : cuts.pop(0) if cuts else None])
+        self.wfile.write(body[start:cuts.pop(0) if cuts else None])
 
     def log_message(self, *args):
         pass
@@ -365,39 +346,25 @@ def test_download_is_resumed_after_cuts_and_by_the_next_run(server, download, tm
     assert not (tmp_path / "down/x.tar.gz").exists()
     server.how = {"cuts": [200_000]}
     assert download(sha256=SHA256).read_bytes() == BODY
-    assert server.asked == [None, "bytes=65536-", "bytes=196608-"]
+    assert server.asked == ["bytes=0-", "bytes=65536-", "bytes=196608-"]
     assert os.listdir(tmp_path / "down") == ["x.tar.gz"]
     assert download() and len(server.asked) == 3  # it is there
 
 
-@pytest.mark.parametrize("how", [{"no_range": True}, {"etag": ""}, {"etag": 'W/"1"'}, {"length": False}])
+@pytest.mark.parametrize("how", [{"ranges": False}, {"length": False}])
 def test_server_that_knows_no_range_or_length(server, download, how):
-    server.how = {"cuts": [] if "length" in how else [100_000], **how}
+    server.how = {"cuts": [100_000] * ("ranges" in how), **how}
     assert download(sha256=SHA256).read_bytes() == BODY
 
 
-@pytest.mark.parametrize("size", [400_000, 50_000])
-def test_file_changes_on_the_server(server, download, size):
-    server.how = {"cuts": [100_000]}
-    with pytest.raises(UserError):
-        download(pauses=())
-    new = os.urandom(size)
-    server.how = {"body": new, "etag": '"2"'}
-    assert download().read_bytes() == new
-
-
-def test_whole_part_that_was_not_renamed(server, download, tmp_path):
-    server.how = {"cuts": [100_000]}
-    with pytest.raises(UserError):
-        download(pauses=())
-    (tmp_path / "down/x.tar.gz.part").write_bytes(BODY)
-    assert download(sha256=SHA256).read_bytes() == BODY
-
-
-def test_wrong_checksum(server, download, tmp_path):
-    with pytest.raises(UserError, match="not the known file"):
-        download(sha256="0" * 64)
-    assert not (tmp_path / "down/x.tar.gz").exists()
+@pytest.mark.parametrize("part", [b"another file", BODY, BODY + b"more"])
+def test_what_is_found_of_a_download_is_the_file_or_goes(server, download, tmp_path, part):
+    (tmp_path / "down").mkdir()
+    (tmp_path / "down/x.tar.gz.part").write_bytes(part)
+    if part != BODY:
+        with pytest.raises(UserError, match="not the known file"):
+            download(sha256=SHA256)
+        assert os.listdir(tmp_path / "down") == []
     assert download(sha256=SHA256).read_bytes() == BODY
 
 
@@ -407,13 +374,12 @@ def test_refused_or_offline(server, download, tmp_path):
         with pytest.raises(UserError, match=str(status)):
             download()
         assert len(server.asked) == tries
-    with pytest.raises(UserError, match="can't download") as error:
+    with pytest.raises(UserError, match=r"\A.*can't download.*\Z"):
         acquire.download("http://127.0.0.1:9/x", tmp_path / "x", pauses=(0,))
-    assert "\n" not in str(error.value)
 
 
 def test_lakh_by_download(server, extract, tmp_path, monkeypatch):
-    body = tar(tmp_path / "t", [("lmd_full/0/a.mid", MIDI)], "w:gz").read_bytes()
+    body = pack(tmp_path / "t", "w:gz", [("lmd_full/0/a.mid", MIDI)]).read_bytes()
     monkeypatch.setattr(acquire, "LAKH_URL", server.url.rsplit("/", 1)[0] + "/")
     monkeypatch.setattr(acquire, "LAKH", {"full": ("lmd_full.tar.gz", hashlib.sha256(body).hexdigest())})
     server.how = {"body": body}

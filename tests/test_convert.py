@@ -16,7 +16,6 @@ from LakhMIDI import (
     Cfg,
     Reader,
     Rejected,
-    abc2midi_program,
     abc_to_midi,
     complete_lines,
     convert_all,
@@ -81,8 +80,7 @@ def one_voice(notes):
 
 def heard(text):
     """What abc2midi makes of a text as it stands: (Notes without voices, programs)."""
-    with abc2midi_program() as program:
-        score = read_score(run_abc2midi(program, text.encode())[0])
+    score = read_score(run_abc2midi(text.encode())[0])
     return one_voice(score.notes), {program for program, drum in score.voices if not drum}
 
 

@@ -27,11 +27,10 @@ def heard(midi):
     return notes, bars, [(change.time / eighth, round(change.qpm)) for change in score.tempos]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def read():
     """read(ABC) -> heard(its MIDI file)."""
-    with study.abc2midi_program() as program:
-        yield lambda text: heard(study.foreign_abc_to_midi(text, program))
+    return lambda text: heard(study.foreign_abc_to_midi(text))
 
 
 @pytest.mark.parametrize("same", [
@@ -187,17 +186,13 @@ def test_settings_of_one_tune_stay_on_one_side(tmp_path):
     assert len(sides) == 10 and all(len(splits) == 1 for splits in sides.values())
 
 
-def test_the_dump_is_fetched_or_the_folk_tunes_are_used_and_it_is_said(tmp_path, capsys, monkeypatch):
+def test_the_dump_is_fetched_once(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "THESESSION_URL", "http://127.0.0.1:9/tunes.csv")  # where no one answers
     monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
-    cfg = Cfg.smoke(tmp_path, DATASET="thesession", MAX_MIDI_FILES=3)
-    study.extract(cfg)
-    said = [line for line in capsys.readouterr().out.splitlines() if "folk tunes" in line]
-    assert len(said) == 1 and "can't download" in said[0]
-    assert cfg.corpus == study.FOLK and len(read_json(cfg.DATA_ROOT / "midi_index.json")["files"]) == 3
-
-    (cfg.DATA_ROOT / "downloads").mkdir(exist_ok=True)
+    cfg = Cfg.smoke(tmp_path, DATASET="thesession")
+    with pytest.raises(UserError, match="can't download"):
+        study.extract(cfg)
     (cfg.DATA_ROOT / "downloads/thesession.csv").write_bytes(as_csv(GOOD))
-    study.extract(cfg, force=True)
+    study.extract(cfg)
     assert cfg.corpus == "The Session, settings until 2019-12-31"
     assert read_json(cfg.DATA_ROOT / "midi_index.json")["seen"] == len(GOOD)
