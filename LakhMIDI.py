@@ -3941,6 +3941,7 @@ def check_columns(*columns):
 
 def estimate(values):
     """{"value", "lo", "hi"} of three numbers, None for one that JSON can't hold."""
+    values = np.array(values, float)
     return {end: float(v) if np.isfinite(v) else None for end, v in zip(ENDS, values, strict=True)}
 
 
@@ -5691,12 +5692,8 @@ def show(value, as_percent=False, digits=4):
 
 
 def table_of(rows, columns):
-    """Rows of a JSON file -> rows of a table. A key whose ends are known by key_lo and key_hi has them."""
-    def cell(row, key):
-        ends = {"value": row.get(key), "lo": row.get(f"{key}_lo"), "hi": row.get(f"{key}_hi")}
-        return ends if f"{key}_lo" in row else row.get(key)
-
-    return [{name: cell(row, key) for name, key in columns.items()} for row in rows]
+    """Rows of a JSON file -> rows of a table with these columns, {name: key}."""
+    return [{name: row.get(key) for name, key in columns.items()} for row in rows]
 
 
 def playing_time(seconds):
