@@ -46,6 +46,7 @@ import itertools
 import json
 import lzma
 import math
+import mimetypes
 import multiprocessing
 import os
 import platform
@@ -4857,24 +4858,20 @@ HEADER = re.compile(r"X:1\nL:1/\d+\nM:\d+/\d+\nQ:.+\n(?:%%.+\n)*K:.+\n(?:V:.+\n|
 
 def check_abc(text, ended=True, prompt=""):
     """Judges a tune as it stands: {"valid": whether there is no reason against it, "reasons", "first_fault",
-    "complaints", and what reader_faults counts}. Raises UserError if abc2midi can't be run: no verdict.
+    and what reader_faults counts}. Raises UserError if abc2midi can't be run: that is no verdict.
 
-    First our reader, which measures every bar: "bar_length", "open_tie", "bad_char" and others are its own;
-    "silent" and "mostly_rests": after the prompt too little was composed, or less than a quarter of the time
-    sounds (half would refuse 3 of 99 real web files). Then abc2midi, for what has no fault so far:
-    "abc2midi_error" if it reports one, "other_notes" if it hears others than our reader does. Its warnings
-    are only counted, in "complaints": they are about bars that we measured as right, and it is wrong about
+    First our reader, which measures every bar; "silent" and "mostly_rests": after the prompt too little was
+    composed, or less than a quarter of the time sounds (half would refuse 3 of 99 real web files). Then, for
+    what has no fault so far, abc2midi: "abc2midi_error", or "other_notes" if it hears others than our reader
+    does. Its warnings are no reasons: they are about bars that we measured as right, and it is wrong about
     some (findings/README.md). "cut": the tune had not ended when it was stopped; it is judged up to its last
     whole bar, and a tie into what is missing is no fault.
     """
     text = text if ended else whole_bars(text)
     faults, found = reader_faults(text, ended, prompt)
-    complaints = {}
-    if not faults:
-        faults, complaints = abc2midi_faults(text)
-    reasons = sorted(faults) + ["cut"] * (not ended)
-    found["first_fault"] = found["first_fault"] or "".join(reasons[:1])
-    return {"valid": not reasons, "reasons": reasons, **found, "complaints": complaints}
+    reasons = sorted(faults or abc2midi_faults(text)) + ["cut"] * (not ended)
+    first = found.pop("first_fault") or "".join(reasons[:1])
+    return {"valid": not reasons, "reasons": reasons, "first_fault": first, **found}
 
 
 def reader_faults(text, ended=True, prompt=""):
@@ -4915,7 +4912,7 @@ def count_bars(text, faults=()):
 
 
 def abc2midi_faults(text):
-    """What abc2midi finds wrong with a text: (set of reasons, {complaint: how often})."""
+    """The set of reasons that abc2midi has against a text."""
     def onsets(notes):  # in 1/48 beat, for abc2midi is always late by 1/480
         return set(zip(notes.pitch.tolist(), np.rint(48 * notes.onset).tolist(), strict=True))
 
@@ -4923,14 +4920,12 @@ def abc2midi_faults(text):
         midi, said = run_abc2midi(text.encode())
         heard = read_score(midi).notes
     except Skip as skip:
-        return {str(skip).replace(" ", "_")}, {}
+        return {str(skip).replace(" ", "_")}
     except Rejected:  # no notes, or no MIDI file
-        return {"other_notes"}, {}
-    faults = {"abc2midi_error"} if re.search(r"^Error in line", said, re.M) else set()
-    if onsets(heard) != onsets(read_abc(text).notes):
-        faults.add("other_notes")
-    warnings = re.findall(r"^Warning in line-char \S+ : (.*)", said, re.M)
-    return faults, dict(Counter(re.sub(r"[-\d./]+", "n", warning) for warning in warnings))
+        return {"other_notes"}
+    faults = {"abc2midi_error": re.search(r"^Error in line", said, re.M),
+              "other_notes": onsets(heard) != onsets(read_abc(text).notes)}
+    return {reason for reason, is_so in faults.items() if is_so}
 
 
 def whole_bars(text):
@@ -5073,9 +5068,11 @@ def test_loss(model, test, kinds, whole, cfg):
                             for (low, high), here in spans.items() if here.any()]}
 
 
-def leaked_loss(model, leaked, cfg):
+def leaked_loss(model, tokens, vocab, cfg):
     """Loss on tunes that were not trained on, though a version of each was: what a split by file measures."""
-    found = mean_loss(token_losses(model, leaked, cfg)[0], leaked.tokens) if leaked else (None, None)
+    found = None, None
+    if len(tokens):
+        found = mean_loss(token_losses(model, Windows(tokens, vocab, cfg.SEQ_LEN), cfg)[0], tokens)
     return dict(zip(("leaked_loss", "leaked_loss_se"), found, strict=True))
 
 
@@ -5107,21 +5104,20 @@ def twins(text, rng):
     changes places with the next one ("swap"), or the bar before it takes its place ("loop").
     """
     lines = list(FIRST_BAR.finditer(text))
-    threes = [three for three in zip(lines, lines[1:], lines[2:], strict=False)
-              if three[0].end() == three[1].start() and three[1].end() == three[2].start()
-              and len({line["head"] for line in three}) == 1 and len({line["bar"] for line in three}) == 3]
+    threes = [(one, two, three) for one, two, three in zip(lines, lines[1:], lines[2:], strict=False)
+              if one.end() == two.start() and two.end() == three.start()
+              and one["head"] == two["head"] == three["head"]
+              and len({one["bar"], two["bar"], three["bar"]}) == 3]
     if not threes:
         return {}, 0
-    _, this, later = three = threes[rng.integers(len(threes))]
-    before, bar, after = (line["bar"] for line in three)
-    letters, notes = LETTERS + LETTERS.lower(), [note.start() for note in re.finditer("[A-Ga-g]", bar)]
-    note = rng.choice(notes)
+    one, two, three = threes[rng.integers(len(threes))]
+    before, bar, after = one["bar"], two["bar"], three["bar"]
+    letters, note = LETTERS + LETTERS.lower(), rng.choice([m.start() for m in re.finditer("[A-Ga-g]", bar)])
     moved = letters[(letters.index(bar[note]) + rng.choice([-2, -1, 1, 2])) % len(letters)]
     pairs = {"true": (bar, after), "pitch": (bar[:note] + moved + bar[note + 1:], after),
              "swap": (after, bar), "loop": (before, after)}
-    place, end = this.start("bar"), this.end("bar")
-    between, rest = text[end:later.start("bar")], text[later.end("bar"):]
-    return {name: text[:place] + one + between + two + rest for name, (one, two) in pairs.items()}, place
+    place, between, rest = two.start("bar"), text[two.end("bar"):three.start("bar")], text[three.end("bar"):]
+    return {name: text[:place] + this + between + then + rest for name, (this, then) in pairs.items()}, place
 
 
 @torch.inference_mode()
@@ -5147,11 +5143,6 @@ def twin_shares(model, vocab, real, cfg):
 SAMPLE_FOLDERS = ("best_samples", "samples")
 
 
-def opening(text, most):
-    """The beginning of a tune up to a bar line: about a third of it, and at most so many characters."""
-    return whole_bars(text[:min(len(text) // 3, most)]) or text[:text.find("|\n") + 2]
-
-
 def named(run, kind, tunes, folder, shown):
     """Tunes with their "run", "kind", "name", text in complete lines, and "shown", the folder to which the
     first ones are written; they are not selected.
@@ -5175,7 +5166,8 @@ def write_music(models, best, real, cfg):
         n = cfg.SAMPLES if run == best else min(cfg.SAMPLES, 100)
         prompts = {"unprompted": [""] * n, "valid": [""] * min(n, 100), "same": [first_bars(real[0], 4)]}
         if run == best:
-            prompts["prompted"] = [opening(text, most // 2) for text in real]
+            prompts["prompted"] = [whole_bars(text[:min(len(text) // 3, most // 2)])
+                                   or text[:text.find("|\n") + 2] for text in real]  # a third, or a bar
         for kind, given in prompts.items():
             tunes = sample(model, vocab, given, max_chars=most, seed=cfg.SEED, temperature=cfg.TEMPERATURE,
                            top_p=cfg.TOP_P, valid=kind == "valid", label=f"{run} {kind}")
@@ -5201,13 +5193,15 @@ def judge(tune, cfg):
 
 
 def judge_all(groups, cfg):
-    """All tunes with "check", "metrics" and "copy"; workers judge while more are sampled."""
+    """Lists of tunes -> the same with "check", "metrics" and "copy"; workers judge while more are sampled."""
     with ProcessPool(max_workers=cfg.WORKERS) as pool:
         waiting = [(tunes, pool.map(judge, tunes, [cfg] * len(tunes))) for tunes in groups]
-        judged = [{**tune, **found} for tunes, future in waiting
-                  for tune, found in zip(tunes, future.result(), strict=True)]  # raises what a judge raised
-    copies = find_copies([tune.pop("melody") for tune in judged], cfg)
-    return [{**tune, "copy": copy} for tune, copy in zip(judged, copies, strict=True)]
+        judged = [[{**tune, **found} for tune, found in zip(tunes, future.result(), strict=True)]
+                  for tunes, future in waiting]  # raises what a judge raised
+    tunes = list(itertools.chain(*judged))
+    for tune, copied in zip(tunes, find_copies([tune.pop("melody") for tune in tunes], cfg), strict=True):
+        tune["copy"] = copied
+    return judged
 
 
 def share_of(flags):
@@ -5243,7 +5237,6 @@ def emergence_row(tunes, copy_limit, repeats, cfg):
            "bars_right": (right - max(0, repeated - repeats * bars)) / max(1, bars),
            "first_fault": Counter(check["first_fault"] for check in checks if check["first_fault"]),
            "reasons": Counter(reason for check in checks for reason in check["reasons"]),
-           "complaints": sum((Counter(check["complaints"]) for check in checks), Counter()),
            "known": np.median([tune["copy"]["known"] for tune in tunes]),
            "nearest": np.median([tune["copy"]["share"] for tune in tunes]),
            "copied": share_of(tune["copy"]["share"] > copy_limit for tune in tunes),
@@ -5272,32 +5265,32 @@ def evaluate(cfg):
     held_out = [tune for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl") if tune["split"] == "test"]
     test, leaked = read_tokens("test", vocab, cfg), read_training(vocab, cfg)[1][:cfg.EVAL_TOKENS]
     whole = [tune for tune in held_out if tune["start"] + tune["chars"] + 2 <= len(test)] or held_out[:1]
-    kinds = char_kinds(test, vocab)
-    test_windows = Windows(test, vocab, cfg.SEQ_LEN)
-    leaked_windows = Windows(leaked, vocab, cfg.SEQ_LEN) if len(leaked) else None
-    real = [vocab.decode(test[tune["start"] + 1:][:tune["chars"]]) for tune in whole if not tune["unknown"]]
+    kinds, test = char_kinds(test, vocab), Windows(test, vocab, cfg.SEQ_LEN)
+    real = [vocab.decode(test.tokens[tune["start"] + 1:][:tune["chars"]]) for tune in whole
+            if not tune["unknown"]]
     need(real, "every test tune has characters that the training tunes lack; add music or raise TEST_FRAC")
-    tested = [{"run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"],
-               **test_loss(models[row["run"]][0], test_windows, kinds, whole, cfg),
-               **leaked_loss(models[row["run"]][0], leaked_windows, cfg),
-               "likelier_than_twin": twin_shares(models[row["run"]][0], vocab, real[:100], cfg)}
-              for row in progress(rows, "test loss", unit="model")]
+    tested = []
+    for row in progress(rows, "test loss", unit="model"):
+        model = models[row["run"]][0]
+        tested.append({"run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"],
+                       **test_loss(model, test, kinds, whole, cfg), **leaked_loss(model, leaked, vocab, cfg),
+                       "likelier_than_twin": twin_shares(model, vocab, real[:100], cfg)})
     figures = save_figure(draw_places(tested), save, "loss_by_place")
 
-    tunes, groups = judge_all(write_music(models, best, real[:cfg.SAMPLES], cfg), cfg), {}
-    for tune in tunes:
-        groups.setdefault((tune["run"], tune["kind"]), []).append(tune)
-    limit = float(np.quantile([tune["copy"]["share"] for tune in groups["real", "real"]], 0.95))
-    counts = [count_bars(complete_lines(text)) for text in real]
-    repeats = sum(count["repeats"] for count in counts) / max(1, sum(count["bars"] for count in counts))
-    table = [emergence_row(group, limit, repeats, cfg) for (_, kind), group in groups.items()
-             if kind != "same"]
+    groups = judge_all(write_music(models, best, real[:cfg.SAMPLES], cfg), cfg)
+    tunes = list(itertools.chain(*groups))
+    limit = float(np.quantile([tune["copy"]["share"] for tune in groups[0]], 0.95))  # the real ones
+    bars = Counter()
+    for text in real:
+        bars.update(count_bars(complete_lines(text)))
+    repeats = bars["repeats"] / max(1, bars["bars"])
+    table = [emergence_row(group, limit, repeats, cfg) for group in groups if group[0]["kind"] != "same"]
 
     for folder in SAMPLE_FOLDERS:
         write_json(save / folder / "metadata.json", [tune for tune in tunes if tune["shown"] == folder])
     write_jsonl(save / "samples.jsonl", tunes)
     write_json(save / "evaluation.json", {
-        "models": tested, "best": best, "test_chars": test_windows.counted, "sample_chars": cfg.SAMPLE_CHARS,
+        "models": tested, "best": best, "test_chars": test.counted, "sample_chars": cfg.SAMPLE_CHARS,
         "copy_limit": limit, "repeated_bars_of_real": repeats, "music": table})
     for row in table:
         if row["run"] in ("real", best):
@@ -5531,7 +5524,7 @@ def compose(cfg, count, prompt="", valid=False, bars=8):
     for tune in named(best["run"], kind, tunes, f"my_samples/{folder.name}", count):
         tune["prompt"] = prompt
         shown.append(show_tune(folder / tune["name"], tune | judge(tune, cfg)))
-        print(f"{folder / tune['name']}.mid  {shown[-1]['news']}")
+        print(f"{folder / tune['name']}.mid  {shown[-1]['news']}. {shown[-1]['verdict']}")
     lead = f"By {model_name(best['run'])}. Grey notes were given; a click into a picture plays from there."
     write_page(folder / "index.html", f"New music: {name}", lead, groups=[("Tunes", "", shown, "cards")])
     print(f"players   {folder / 'index.html'}")
@@ -5543,18 +5536,15 @@ def compose(cfg, count, prompt="", valid=False, bars=8):
 # One page for two readers. A musician finds three players on the first screen, then every shown tune as a
 # card. A researcher finds what the study found in sentences, then figures, tables and a checklist. All of it
 # comes from the run's JSON and the files of the tunes: nothing is typed by hand, nothing is fetched, and text
-# from files is escaped. A section is (title, sentences, figures, caption, tables, note); a table is a caption
-# and rows {name that people read: value}. The one script moves a line over the piano rolls, lights up notes
-# and seeks; without it the page is whole.
+# from files is escaped. Rows of tables are rows of the JSON files; NAMES has what people read for their keys.
+# The one script moves a line over the piano rolls, lights up notes and seeks; without it the page is whole.
 
 SCRIPT = """
 for (const box of document.querySelectorAll('.play')) {
-  const audio = box.querySelector('audio'), roll = box.querySelector('svg')
-  if (!audio || !roll) continue
-  const head = roll.querySelector('.head'), seconds = roll.dataset.seconds
+  const audio = box.querySelector('audio'), roll = box.querySelector('svg'), seconds = roll.dataset.seconds
   const show = () => {
     const x = audio.currentTime / seconds * roll.viewBox.baseVal.width
-    head.setAttribute('transform', `translate(${x})`)
+    roll.querySelector('.head').setAttribute('transform', `translate(${x})`)
     for (const note of roll.querySelectorAll('rect')) {
       const start = note.x.baseVal.value, sounds = start <= x && x < start + note.width.baseVal.value
       note.classList.toggle('lit', sounds && !audio.paused)
@@ -5570,27 +5560,28 @@ for (const box of document.querySelectorAll('.play')) {
     audio.currentTime = click.offsetX / roll.clientWidth * seconds
     audio.play()
   }
-  box.classList.add('live')
+  roll.classList.add('live')
 }
 """
 STYLE = """
-:root { color-scheme: light dark; --line: #8884; --accent: light-dark(#0072b2, #56b4e9) }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 0 auto; padding: .8rem 1rem;
+:root { color-scheme: light dark; --line: 1px solid #8884; --accent: light-dark(#0072b2, #56b4e9) }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: auto; padding: .8rem 1rem;
   overflow-wrap: break-word }
 h1 { font-size: 1.5rem; line-height: 1.2; margin: .2rem 0 } a { color: var(--accent) }
 h2 { margin: 2.6rem 0 .6rem; border-bottom: 2px solid var(--accent) }
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem } .note { font-size: .88rem; opacity: .85 }
 p, figure { margin: .4rem 0 } img, svg { max-width: 100%; height: auto; display: block }
 audio { width: 100%; height: 2.4rem } .part img { max-width: min(46rem, 100%) } .narrow { display: none }
-.cards, .first { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr));
-  align-items: start }
-.first { gap: .3rem 1rem } .first .roll { height: 56px } .first text { display: none } .first p { margin: 0 }
+.cards { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)) }
+.first { gap: .3rem 1rem } .first p { margin: 0; font-size: .9rem } .first .roll { height: 56px }
+.first text { display: none }
 .row { display: flex; gap: 1rem; overflow-x: auto } .row .card { flex: 0 0 16rem }
-.card { border: 1px solid var(--line); border-radius: 6px; padding: .7rem; min-width: 0; font-size: .9rem }
-.roll { border: 1px solid var(--line); width: 100%; box-sizing: border-box } .lit { fill: CanvasText }
-.live .roll { cursor: pointer } .live .head { stroke-width: 1.5 } .card h3 { margin: 0 }
+.card { border: var(--line); border-radius: 6px; padding: .7rem; font-size: .9rem } .card h3 { margin: 0 }
+.roll { border: var(--line); width: 100%; box-sizing: border-box } .lit { fill: CanvasText }
+.live { cursor: pointer } .live .head { stroke-width: 1.5 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .84rem }
-th, td { padding: .22rem .4rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
+th, td { padding: .22rem .4rem; border-bottom: var(--line); text-align: right; vertical-align: top }
 td { white-space: nowrap } td.words { text-align: left; white-space: normal; min-width: 15rem }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: Canvas }
 pre { background: #8881; padding: .6rem; white-space: pre-wrap; max-height: 22rem; overflow-y: auto }
@@ -5601,8 +5592,8 @@ pre { background: #8881; padding: .6rem; white-space: pre-wrap; max-height: 22re
 """
 TABLE = """{%- macro table(caption, rows) %}{% if rows %}<h3>{{ caption }}</h3>
 {% if rows[0] | length > 7 %}<p class="note">A wide table: where it does not fit, it scrolls.</p>{% endif %}
-<div class="scroll"><table><tr>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for name, value in row.items() %}{% set cell = value | show("%" in name) %}
+<div class="scroll"><table><tr>{% for key in rows[0] %}<th>{{ key | name }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for key, value in row.items() %}{% set cell = value | show("%" in (key | name)) %}
 <td{% if cell | length > 40 %} class="words"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endif %}{% endmacro %}
 """
@@ -5612,21 +5603,21 @@ PAGE = TABLE + """<!doctype html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; media-src data:;
  style-src 'unsafe-inline'; script-src 'sha256-{{ script_hash }}'">
 <title>{{ title }}</title><link rel="icon" href="data:,"><style>{{ style }}</style></head><body>
-{%- macro player(tune) %}<figure class="play">{{ tune.roll }}
+{%- macro player(tune) %}<figure{% if tune.roll and tune.mp3 %} class="play"{% endif %}>{{ tune.roll }}
 {% if tune.mp3 %}<audio controls preload="metadata" src="{{ tune.mp3 }}"></audio>{% endif %}</figure>
 {% endmacro %}
-{%- macro card(tune) %}<div class="card"><h3>{{ tune.title }}</h3><p>{{ tune.verdict }} {{ tune.heard }}</p>
-{{ player(tune) }}
+{%- macro card(tune) %}<div class="card"><h3>{{ tune.title }}</h3>
+<p>{{ tune.verdict }} {{ tune.heard }}</p>{{ player(tune) }}
 {% if tune.original %}<p>What the real tune did:</p>{{ player(tune.original) }}{% endif %}
-<p>{{ tune.nearest }}</p><p>Download {% for kind, link in tune.links.items() %}
-<a download="{{ tune.name }}{{ kind }}" href="{{ link }}">{{ kind }}</a>{% endfor %}</p>
+<p>{{ tune.nearest }}</p><p>Download {% for kind in ("mid", "abc") %}
+<a download="{{ tune.name }}.{{ kind }}" href="{{ tune[kind] }}">.{{ kind }}</a>{% endfor %}</p>
 {% if tune.svg %}<details><summary>Score</summary><p>{{ tune.left_out }}</p>
 <img class="score" src="{{ tune.svg }}" alt="Score of {{ tune.title }}"></details>{% endif %}
-<details><summary>ABC</summary><pre>{{ tune.abc }}</pre></details></div>{% endmacro %}
+<details><summary>ABC</summary><pre>{{ tune.text }}</pre></details></div>{% endmacro %}
 <h1>{{ title }}</h1>
 <p>{{ lead }}</p>
-<div class="first">{% for label, tune in first %}<div><p><strong>{{ label }}</strong><br>{{ tune.short }}</p>
-{{ player(tune) }}</div>{% endfor %}</div>
+<div class="cards first">{% for label, tune in first %}<div><p><strong>{{ label }}</strong><br>
+{{ tune.form }}. {{ tune.heard }}</p>{{ player(tune) }}</div>{% endfor %}</div>
 <p class="note">{% for name, value in about.items() %}{{ name }}: {{ value }}.
 {% endfor %}</p>
 {% for title, text, tunes, form in groups if tunes %}<h2>{{ title }}</h2><p>{{ text }}</p>
@@ -5640,37 +5631,26 @@ PAGE = TABLE + """<!doctype html>
 {% if cite %}<h2>Cite</h2><pre>{{ cite }}</pre>{% endif %}
 <script>{{ script }}</script></body></html>
 """
-WORDS = {  # for people: what check_abc names, and the kinds of samples
+NAMES = {  # of keys, as columns; what has % in its name is a share
+    "run": "network", "model": "network", "n_fit": "N", "tokens": "D, characters", "flops": "FLOPs",
+    "val_loss": "validation loss", "tokens_per_s": "characters/s", "wall_s": "seconds",
+    "status": "verdict", "stated_at": "stated at", "observed": "reached", "error": "error, %",
+    "share_of_last_step": "of the last step, %", "ruler_error": "a ruler's, %",
+    "persistence_error": "persistence's, %",
+    "bits_per_note": "bits/note", "test_loss": "nats/character", "test_loss_se": "s.e.",
+    "test_bpc": "bits/character", "bits_per_second": "bits/second of music",
+    "leaked_loss": "nats/character, near-duplicates", "kind": "tunes", "valid": "valid, %",
+    "valid_or_cut": "valid or cut, %", "bars_right": "bars right, %", "whole_header": "whole header, %",
+    "tries": "tries a bar", "copied": "copies, %", "first_fault": "first faults", "groups": "clusters",
+    "chars": "characters", "unknown": "unknown characters"}
+WORDS = {  # what check_abc finds, and the kinds of samples
     "bar_length": "bars that do not add up", "open_tie": "a tie that leads nowhere", "cut": "cut off",
     "open_bracket": "an open bracket", "open_tuplet": "an unfinished tuplet", "bad_char": "stray characters",
     "no_bar_line": "a missing bar line", "silent_bars": "voices out of step", "silent": "hardly anything new",
-    "no_header": "no header", "mostly_rests": "mostly rests", "bad_field": "a field that can't be read",
     "abc2midi_error": "abc2midi finds an error", "other_notes": "abc2midi hears other notes",
-    "unprompted": "begun from nothing", "prompted": "continued", "valid": "bars redrawn",
-    "yours": "goes on from yours", "same": "four bars continued"}
+    "no_header": "no header", "unprompted": "begun from nothing", "prompted": "continued",
+    "valid": "bars redrawn", "yours": "goes on from yours", "same": "four bars continued"}
 LICENCES = {FOLK: "public domain", "The Session": "Open Database License", "Lakh": "CC BY 4.0"}
-# Columns of tables, {name: key in the rows}; what has % in its name is a share
-LAW = {"family": "family", "alpha": "alpha", "c": "c", "verdict": "status"}
-SURFACE = {"family": "family", "alpha": "alpha", "beta": "beta", "E": "E", "verdict": "status"}
-PREDICTION = {
-    "network": "model", "stated at": "stated_at", "predicted": "predicted", "reached": "observed",
-    "verdict": "verdict", "error, %": "error", "of the last step, %": "share_of_last_step",
-    "a ruler's error, %": "ruler_error", "persistence's, %": "persistence_error"}
-PLAN = {"family": "family", "hours": "hours", "N": "n", "D, characters": "d", "loss": "loss"}
-NETWORK = {
-    "network": "run", "N": "n_fit", "D, characters": "tokens", "epochs": "epochs",
-    "validation loss": "val_loss", "FLOPs": "flops", "characters/s": "tokens_per_s", "seconds": "wall_s"}
-LOSS = {
-    "network": "run", "bits/note": "bits_per_note", "nats/character": "test_loss", "s.e.": "test_loss_se",
-    "bits/character": "test_bpc", "bits/second of music": "bits_per_second",
-    "nats/character, near-duplicates of trained tunes": "leaked_loss"}
-MUSIC = {
-    "network": "run", "tunes": "kind", "n": "n", "valid, %": "valid", "valid or cut, %": "valid_or_cut",
-    "bars right, %": "bars_right", "whole header, %": "header", "tries a bar": "tries", "copies, %": "copied",
-    "first faults": "first_fault"}
-SPLIT = {
-    "part": "part", "tunes": "tunes", "clusters": "groups", "characters": "chars", "notes": "notes",
-    "seconds": "seconds", "unknown characters": "unknown", "set aside": "set aside"}
 
 
 def show(value, as_percent=False, digits=4):
@@ -5686,14 +5666,14 @@ def show(value, as_percent=False, digits=4):
         return WORDS.get(value) or model_name(value)
     if value is None:
         return "\u2013"
-    if isinstance(value, float):
-        value = float(f"{100 * value if as_percent else value:.{digits}g}")
-    return f"{value:,.10g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{float(f'{100 * value:.3g}' if as_percent else f'{value:.{digits}g}'):,.10g}"
 
 
-def table_of(rows, columns):
-    """Rows of a JSON file -> rows of a table with these columns, {name: key}."""
-    return [{name: row.get(key) for name, key in columns.items()} for row in rows]
+def pick(rows, keys):
+    """Rows with the keys of a table only."""
+    return [{key: row.get(key) for key in keys.split()} for row in rows]
 
 
 def playing_time(seconds):
@@ -5709,7 +5689,7 @@ def model_name(run):
 def render(source, **content):
     """A page, or a part of it, that escapes what it is given and fails for what it lacks."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["show"] = show
+    environment.filters |= {"show": show, "name": lambda key: NAMES.get(key, key)}
     return environment.from_string(source).render(content)
 
 
@@ -5728,61 +5708,44 @@ def write_page(path, title, lead, groups, first=(), about=None, sections=(), cit
 
 def data_uri(path):
     """A file as an address that needs no network; None where there is no such file."""
-    kinds = {".png": "image/png", ".svg": "image/svg+xml", ".mp3": "audio/mpeg", ".mid": "audio/midi",
-             ".abc": "text/vnd.abc"}
-    if path.exists():
-        return f"data:{kinds[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    kind = mimetypes.guess_type(path)[0] or "text/plain"
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}" if path.exists() else None
 
 
 # --- tunes
 
 def show_tune(path, tune):
-    """What a page shows of a tune (a row of metadata.json) that write_tune wrote to `path`; "news" is what a
-    terminal says.
-    """
-    files = {kind: Path(f"{path}.{kind}") for kind in ("abc", "mid", "mp3", "svg")}
-    text = files["abc"].read_text("utf-8")
+    """What a page shows of a tune (a row of metadata.json) that write_tune wrote to `path`."""
+    files = {kind: data_uri(Path(f"{path}.{kind}")) for kind in ("abc", "mid", "mp3", "svg")}
+    text = Path(f"{path}.abc").read_text("utf-8")
     parsed, reasons = read_abc(text), tune["check"]["reasons"]
     begin, given_bars = heard_from(parsed, tune["prompt"])
     end = float(seconds_at(parsed, end_of_notes(parsed.notes)))
     until = min(begin + SOUND_SECONDS, end)
     heard = "all" if begin == 0 and until == end else f"{playing_time(begin)} to {playing_time(until)}"
-    kind = f"{parsed.key.removesuffix('m')} {'minor' if parsed.key.endswith('m') else 'major'}"
-    kind += f", {parsed.metres[0][1]}/{parsed.metres[0][2]}" if parsed.metres else ""
-    score = files["svg"].read_text("utf-8") if files["svg"].exists() else "<desc></desc>"
-    heard += f" of {playing_time(end)}"
-    number = int(tune["name"].rpartition("_")[2])
-    return {"name": tune["name"], "title": f"Tune {number}, {show(tune['kind'])}, {kind}",
-            "short": f"{kind}, {heard}", "heard": f"Heard: {heard}.",
-            "verdict": verdict_in_words(reasons, parsed), "news": news_in_words(reasons, parsed, given_bars),
-            "is_valid": not reasons, "abc": text, "roll": Markup(draw_roll(parsed, begin, given_bars)),
-            "nearest": nearest_in_words(tune), "original": None,
-            "left_out": html.unescape(re.search("<desc>(.*?)</desc>", score)[1]),
-            "mp3": data_uri(files["mp3"]), "svg": data_uri(files["svg"]),
-            "links": {f".{kind}": data_uri(files[kind]) for kind in ("mid", "abc")}}
+    form = f"{parsed.key.removesuffix('m')} {'minor' if parsed.key.endswith('m') else 'major'}"
+    form += "".join(f", {num}/{den}" for _, num, den in parsed.metres[:1])
+    score = Path(f"{path}.svg").read_text("utf-8") if files["svg"] else "<desc></desc>"
+    join = seconds_at(parsed, bar_starts(parsed)[min(given_bars, parsed.n_bars)])
+    news = f"yours: bars 1-{given_bars}, new from {playing_time(join)}, " * bool(given_bars)
+    news += f"{parsed.n_bars - given_bars} bars"
+    return {**files, "text": text, "name": tune["name"], "form": form, "is_valid": not reasons,
+            "original": None, "news": "the model added almost nothing" if "silent" in reasons else news,
+            "title": f"Tune {int(tune['name'].rpartition('_')[2])}, {show(tune['kind'])}, {form}",
+            "heard": f"Heard: {heard} of {playing_time(end)}.", "verdict": verdict_in_words(reasons, parsed),
+            "roll": Markup(draw_roll(parsed, begin, given_bars)), "nearest": nearest_in_words(tune),
+            "left_out": html.unescape(re.search("<desc>(.*?)</desc>", score)[1])}
 
 
 def verdict_in_words(reasons, parsed):
     """Whether a tune is valid, and if not, what is wrong in which bar."""
-    if not reasons:
-        return "Valid."
     found = []
     for reason in reasons:
         bars = sorted({fault.bar + 1 for fault in parsed.faults if fault.reason == reason})
         where = f" (bar {', '.join(map(str, bars[:4]))}{' ...' * (len(bars) > 4)})" if bars else ""
         found.append(WORDS.get(reason, reason.replace("_", " ")) + where)
-    return f"{'As far as it goes valid' if reasons == ['cut'] else 'Not valid'}: {'; '.join(found)}."
-
-
-def news_in_words(reasons, parsed, given_bars):
-    """What is new in a tune that goes on from so many bars, in one line."""
-    verdict = f"{parsed.n_bars - given_bars} bars. {verdict_in_words(reasons, parsed)}"
-    if "silent" in reasons:
-        return f"the model added almost nothing: {verdict}"
-    if not given_bars:
-        return verdict
-    join = seconds_at(parsed, bar_starts(parsed)[given_bars])
-    return f"yours: bars 1-{given_bars}, new from {playing_time(join)}: {verdict}"
+    verdict = "Valid" if reasons in ([], ["cut"]) else "Not valid"
+    return f"{verdict}{': ' * bool(found)}{'; '.join(found)}."
 
 
 def nearest_in_words(tune):
@@ -5799,34 +5762,30 @@ def page_tunes(save, evaluation):
     """The first three players, (label, tune) each, and the groups of cards: (title, text, tunes, form)."""
     best, sizes = evaluation["best"], {row["run"]: row["n_fit"] for row in evaluation["models"]}
     smallest = min((run for run in sizes if run.split("_")[0] == best.split("_")[0]), key=sizes.get)
-    cards, same, first = [], {}, {}
+    cards, same, first = {True: [], False: []}, {}, {}
     for folder in SAMPLE_FOLDERS:
         for row in read_json(save / folder / "metadata.json", []):
-            path, run = save / folder / row["name"], row["run"]
-            tune = show_tune(path, row)
-            if row["kind"] == "prompted":
-                tune["original"] = show_tune(f"{path}_real", row)
-            if row["kind"] == "same":
+            run, kind, tune = row["run"], row["kind"], show_tune(save / folder / row["name"], row)
+            if kind == "prompted":
+                tune["original"] = show_tune(save / folder / f"{row['name']}_real", row)
+            if kind == "same":
                 same[run] = tune | {"title": f"{model_name(run)}, {sizes[run]:,} weights"}
             elif run == best:
-                cards.append(tune)
-            if row["kind"] in ("real", "unprompted") and not first.get(run, {}).get("is_valid"):
+                cards[tune["is_valid"]].append(tune)
+            if kind in ("real", "unprompted") and not first.get(run, {}).get("is_valid"):
                 first[run] = tune
 
+    text = (f"By {model_name(best)}, the best network: of each kind the first ones, not selected; grey notes "
+            "were given. Bars redrawn: each bar is drawn again until it adds up. A click into a picture "
+            "plays from there. Right, or valid, means: every bar adds up, every tie and bracket is closed, "
+            "the tune is not silent and came to its end, and abc2midi hears the notes that our reader finds.")
     labels = {"real": "A real tune", smallest: f"Smallest network, {sizes[smallest]:,} weights",
               best: f"Best network, {sizes[best]:,} weights"}
-    text = (f"By {model_name(best)}, the best network: of each kind the first ones, not selected. Continued: "
-            "from a real tune, whose notes are grey; bars redrawn: each bar is drawn again until it adds up. "
-            "A click into a picture plays from there. Right, or valid, means: every bar adds up, every tie "
-            "and bracket is closed, the tune is not silent and came to its end by itself, and abc2midi hears "
-            "the notes that our own reader finds.")
-    groups = [
-        ("Tunes that are right", text, [tune for tune in cards if tune["is_valid"]], "cards"),
-        ("What goes wrong", "The others of the same tunes.",
-         [tune for tune in cards if not tune["is_valid"]], "cards"),
+    return [(label, first[run]) for run, label in labels.items() if run in first], [
+        ("Tunes that are right", text, cards[True], "cards"),
+        ("What goes wrong", "The others of the same tunes.", cards[False], "cards"),
         ("The same four bars, continued by each size", "From small to large; the row scrolls sideways.",
          [same[run] for run in sorted(same, key=sizes.get)], "row")]
-    return [(label, first[run]) for run, label in labels.items() if run in first], groups
 
 
 # --- for researchers
@@ -5849,16 +5808,15 @@ def answers(fits):
 def in_short(stats, fits, evaluation):
     """What the study found, in sentences with intervals and counts."""
     best = next(row for row in evaluation["models"] if row["run"] == evaluation["best"])
-    texts = answers(fits)
-    texts += [f"The best network, {model_name(best['run'])}, needs {best['bits_per_note']:.2f} bits a note, "
-              f"{best['test_loss']:.4f} nats a character, on {evaluation['test_chars']:,} characters of "
-              "unseen tunes."]
+    leak, texts = stats["works"]["leak_of_split_by_file"]["leaked_chars"], answers(fits)
     texts += [f"{model_name(family)}: {law['verdict']}" for family, law in fits["families"].items()]
+    texts.append(f"The best network, {model_name(best['run'])}, needs {best['bits_per_note']:.2f} bits a "
+                 f"note, {best['test_loss']:.4f} nats a character, on {evaluation['test_chars']:,} "
+                 "characters of unseen tunes.")
     texts += [f"Tunes {show(row['kind'])}: {show(row['valid'], True)} % of {row['n']} valid, "
               f"{show(row['copied'], True)} % copies." for row in evaluation["music"]
               if row["run"] in ("real", best["run"])]
-    leak = stats["works"]["leak_of_split_by_file"]["leaked_chars"]
-    texts += [f"Split by file, {leak:.1%} of the held-out characters would have a version in training."]
+    texts.append(f"Split by file, {leak:.1%} of the held-out characters would have a version in training.")
     if best["leaked_loss"] is not None:
         mixed = leak * best["leaked_loss"] + (1 - leak) * best["test_loss"]
         texts[-1] += (f" On such tunes the best network loses {best['leaked_loss']:.4f} nats a character, so "
@@ -5868,69 +5826,76 @@ def in_short(stats, fits, evaluation):
 
 def law_tables(fits):
     """Tables of the laws; a law that was refused has no row."""
-    laws = fits["families"].items()
-    verdicts = {True: "hit", False: "miss", None: "no interval"}
-    stated = [row | {"predicted": estimate([row["predicted"], row["lo"], row["hi"]]),
-                     "verdict": verdicts[row["hit"]]}
-              for row in (law.get("prediction") for _, law in laws) if row]
-    plans = [{"family": family} | row for family, law in laws for row in law.get("frontier", [])]
+    laws, stated, plans = fits["families"].items(), [], []
 
-    def fitted(name):
-        return [{"family": family} | law[name] for family, law in laws if law[name]["status"] != "refused"]
+    def fitted(name, keys):
+        rows = [{"family": family} | law[name] for family, law in laws if law[name]["status"] != "refused"]
+        return pick(rows, f"family {keys} status")
 
-    return [("L(N) = a N^-alpha + c, with 95 % profile intervals", table_of(fitted("power_law"), LAW)),
+    for family, law in laws:
+        if row := law.get("prediction"):
+            stated.append(row | {"predicted": estimate([row["predicted"], row["lo"], row["hi"]]),
+                                 "hit": {True: "yes", False: "no", None: None}[row["hit"]]})
+        for row in law.get("frontier", []):
+            n, d, loss = ({"value": row[key], "lo": row[f"{key}_lo"], "hi": row[f"{key}_hi"]}
+                          for key in ("n", "d", "loss"))
+            plans.append({"family": family, "hours": row["hours"], "n_fit": n, "tokens": d, "loss": loss})
+    return [("L(N) = a N^-alpha + c, with 95 % profile intervals", fitted("power_law", "alpha c")),
             ("The largest network, predicted from the smaller ones before it was trained",
-             table_of(stated, PREDICTION)),
+             pick(stated, "model stated_at predicted observed hit error share_of_last_step ruler_error "
+                          "persistence_error")),
             ("L(N, D) = E + A / N^alpha + B / D^beta, with 95 % bootstrap intervals",
-             table_of(fitted("parametric"), SURFACE)),
-            ("The best use of so many hours on this machine, by L(N, D)", table_of(plans, PLAN))]
+             fitted("parametric", "alpha beta E")),
+            ("The best use of so many hours on this machine, by L(N, D)", plans)]
 
 
 def loss_tables(runs, tested):
     """Tables of the training and of the test losses."""
-    kinds = [{"network": "share of characters"} | {
+    kinds = [{"run": "share of characters"} | {
         kind: part["share"] for kind, part in tested[0]["by_kind"].items()}]
-    kinds += [{"network": row["run"]} | {kind: part["bits"] for kind, part in row["by_kind"].items()}
+    kinds += [{"run": row["run"]} | {kind: part["bits"] for kind, part in row["by_kind"].items()}
               for row in tested]
-    return [("Networks at the full budget", table_of(runs, NETWORK)), ("Test loss", table_of(tested, LOSS)),
+    return [("Networks at the full budget",
+             pick(runs, "run n_fit tokens epochs val_loss flops tokens_per_s wall_s")),
+            ("Test loss", pick(tested, "run bits_per_note test_loss test_loss_se test_bpc bits_per_second "
+                                       "leaked_loss")),
             ("Test loss by kind of character, bits a character", kinds)]
 
 
 def music_tables(evaluation):
     """Tables of the samples."""
-    music = evaluation["music"]
-    twins = [{"network": row["run"]} | {f"{damage}, %": share for damage, share in
-                                        row["likelier_than_twin"].items()} for row in evaluation["models"]]
-    names = {name.replace("_", " "): name for row in music for name in row["metrics"]}
-    means = [{"network": row["run"]} | row["metrics"] for row in music
-             if row["kind"] in ("real", "unprompted")]
-    return [("Valid tunes [95 % interval]", table_of(music, MUSIC)),
+    music = [row | {"whole_header": row["header"]} for row in evaluation["music"]]
+    twins = [{"run": row["run"]} | {f"{damage}, %": share for damage, share in
+                                    row["likelier_than_twin"].items()} for row in evaluation["models"]]
+    means = [{"run": row["run"]} | {name.replace("_", " "): mean for name, mean in row["metrics"].items()}
+             for row in music if row["kind"] in ("real", "unprompted") and row["metrics"]]
+    return [("Valid tunes [95 % interval]",
+             pick(music, "run kind n valid valid_or_cut bars_right whole_header tries copied first_fault")),
             ("Real tunes that are likelier than a twin of which one bar is damaged [95 % interval]", twins),
-            ("How the tunes compare with real music: means [95 % bootstrap interval]",
-             table_of(means, {"network": "network"} | names))]
+            ("How the tunes compare with real music: means [95 % bootstrap interval]", means)]
 
 
 def data_tables(stats):
     """Tables of what became of the files, and of the split."""
     files = [{"outcome": "converted", "files": stats["converted"]}]
     files += [{"outcome": f"rejected: {why}", "files": n} for why, n in stats["rejected"].items()]
-    splits = [{"part": part} | row for part, row in stats["splits"].items()]
-    return [("What became of the files", files), ("The split", table_of(splits, SPLIT))]
+    return [("What became of the files", files),
+            ("The split", [{"part": part} | row for part, row in stats["splits"].items()])]
 
 
 def checklist(stats, results, fits):
     """The survey's questions, and what this run answers."""
-    runs, method = results["runs"], fits["method"]
-    sizes, epochs, rates = (sorted({row[key] for row in runs}) for key in ("n_fit", "epochs", "lr"))
+    columns = ([row[key] for row in results["runs"]] for key in ("n_fit", "epochs", "lr"))
+    sizes, epochs, rates = map(sorted, map(set, columns))
+    method = fits["method"]
     answered = {
         "L(N)": method["power_law"], "L(N, D)": method["parametric"], "left out": method["left_out"],
         "how things are counted": method["points"],
-        "points": f"{len(runs)} in scaling_points.csv, with seeds: {len(sizes)} sizes, {sizes[0]:,} "
-                  f"to {sizes[-1]:,}; {epochs[0]:.2g} to {epochs[-1]:.2g} epochs",
-        "data": f"{results['corpus']}; {stats['vocabulary_size']} symbols (characters), in one order for "
-                "all networks",
-        "rates": f"peaks {rates[0]:.4g} to {rates[-1]:.4g}; {results['batch_tokens']:,} characters a "
-                 f"batch, in windows of {results['seq_len']:,}"}
+        "points": f"{len(results['runs'])} in scaling_points.csv, with seeds: {len(sizes)} sizes, "
+                  f"{sizes[0]:,} to {sizes[-1]:,}; {epochs[0]:.2g} to {epochs[-1]:.2g} epochs",
+        "data": f"{results['corpus']}; {stats['vocabulary_size']} symbols (characters), in one order for all",
+        "rates": f"peaks {rates[0]:.4g} to {rates[-1]:.4g}; {results['batch_tokens']:,} characters a batch, "
+                 f"in windows of {results['seq_len']:,}"}
     return [{"question": question, "answer": answer} for question, answer in answered.items()]
 
 
@@ -5943,29 +5908,26 @@ def page_sections(stats, results, fits, evaluation, pictures):
 
     runs = [row for row in results["runs"] if row["main"]]
     seeds = Counter((row["family"], row["size"]) for row in runs).values()
-    caption = (f"Loss on validation tunes; N is without the embedding; D = {runs[-1]['tokens']:,} "
-               f"characters ({runs[-1]['epochs']:.2g} epochs); {min(seeds)} to {max(seeds)} seeds a size; "
-               f"{results['corpus']}.")
-    heard = ("Real tunes that no network has seen go through the same checks: they are the ceiling. Valid or "
+    loss = (f"Loss on validation tunes; N is without the embedding; D = {runs[-1]['tokens']:,} characters "
+            f"({runs[-1]['epochs']:.2g} epochs); {min(seeds)} to {max(seeds)} seeds a size.")
+    music = ("Real tunes that no network has seen go through the same checks: they are the ceiling. Valid or "
              f"cut: also those that were whole when cut after {evaluation['sample_chars']:,} characters. Of "
              "bars that are equal to the one before, only as many count as right as real tunes have. A copy "
              f"shares more runs of {SHINGLE} melodic intervals with a training tune than 95 % of real tunes. "
-             "Metrics of MusPy and MGEval: entropy of the pitch classes in bits, share of notes in the best "
-             "scale, notes at once, likeness of the rhythms of neighbouring bars, notes a beat, share of "
-             "bars in which no note begins, or heard before.")
+             "Metrics of MusPy and MGEval; entropy is in bits.")
     data = (f"{stats['converted']:,} tunes form {stats['works']['groups']:,} clusters of near-duplicates; "
             f"split by {stats['split_by']}. A note takes {stats['chars_per_note']:.2f} characters.")
-    survey = "What the survey (Mis)Fitting, arXiv 2502.18969, asks of a scaling law"
     return [
-        ("In short", in_short(stats, fits, evaluation), figures("combined_scaling"), caption, [], ""),
+        ("In short", in_short(stats, fits, evaluation), figures("combined_scaling"), loss, [], ""),
         ("Laws", [], figures(*(f"{family}_scaling" for family in fits["families"])),
          "The law of each family, its 95 % band, and what is known of alpha and c.", law_tables(fits), ""),
         ("Training", [], figures("training_curves", "loss_by_place"), "Training loss against characters "
          "seen; test loss against the place in the window: what more context brings.",
          loss_tables(runs, evaluation["models"]), ""),
-        ("What emerges at which size", [], [], "", music_tables(evaluation), heard),
+        ("What emerges at which size", [], [], "", music_tables(evaluation), music),
         ("Data", [], figures("length_distribution"), "Lengths of the tunes.", data_tables(stats), data),
-        ("Checklist", [], [], "", [(survey, checklist(stats, results, fits))], "")]
+        ("Checklist", [], [], "", [("What the survey (Mis)Fitting, arXiv 2502.18969, asks of a scaling law",
+                                    checklist(stats, results, fits))], "")]
 
 
 def about_run(results, cfg):

@@ -138,7 +138,7 @@ def test_valid_draws_a_bar_again_until_it_is_whole_and_gives_up_at_last():
 
 def test_a_real_tune_is_valid():
     assert check_abc(TUNE) == {
-        **{"valid": True, "reasons": [], "first_fault": "", "complaints": {}, "notes": 19, "pitches": 8},
+        **{"valid": True, "reasons": [], "first_fault": "", "notes": 19, "pitches": 8},
         **{"header": True, "bars": 4, "right": 4, "repeats": 0},
     }
 
@@ -151,11 +151,9 @@ def test_a_real_tune_is_valid():
         ("mostly_rests", HEADER + BARS[0] + "[V:1]Z9|\n"),
         ("mostly_rests", HEADER + BARS[0] + "[V:1]z8|\n" * 9),
         ("bar_length", TUNE.replace("c2B2", "c2B")),
-        ("bar_length", TUNE.replace("CDEFGABc", "CDEFGABcd")),
         ("bar_length", TUNE.replace("M:4/4", "M:3/4")),
         ("no_bar_line", TUNE.replace("|", "")),
         ("open_tie", TUNE.replace("c8|", "c8-|")),
-        ("open_tie", TUNE.replace("A2G2|", "A2G2-|")),
         ("open_bracket", TUNE.replace("c8|", "[ce8|")),
         ("open_tuplet", TUNE.replace("c8|", "c6(3c|")),
         ("bad_char", TUNE.replace("c8|", "c8?|")),
@@ -173,25 +171,19 @@ def test_random_characters_are_no_music():
         assert not check_abc(HEADER + "".join(rng.choices("ABCDEFGabc[]|-&2348z(\n", k=300)))["valid"]
 
 
-def test_a_cut_tune_is_judged_up_to_its_last_bar_and_counted_as_cut():
+def test_a_cut_tune_is_judged_up_to_its_last_bar_and_a_prompt_is_not_counted():
     assert check_abc(TUNE + "[V:1]CDE", ended=False)["reasons"] == ["cut"]
     open_tie = TUNE.replace("A2G2|", "A2G2-|") + "[V:1]c"
     assert check_abc(open_tie, ended=False)["reasons"] == ["open_tie", "cut"]
     assert "silent" in check_abc(HEADER + "[V:1]CD", ended=False)["reasons"]
-
-
-def test_a_prompt_is_not_counted_as_composed():
-    assert "silent" in check_abc(TUNE, prompt=TUNE)["reasons"]
     assert "silent" in check_abc(TUNE + "[V:1]z8|\n" * 3, prompt=TUNE)["reasons"]
     assert check_abc(TUNE + "".join(BARS), prompt=TUNE)["valid"]
 
 
 def test_bars_are_counted_in_every_voice_and_a_header_must_be_whole():
     two = HEADER + "V:2\n" + "[V:1]CDEFGABc|[V:2]C8|\n[V:1]CDEFGABc|[V:2]C7|\n[V:1]c8|[V:2]C8|\n"
-    assert study.reader_faults(two)[1] == {
-        **{"notes": 20, "pitches": 8, "first_fault": "bar_length"},
-        **{"header": True, "bars": 6, "right": 5, "repeats": 1},
-    }
+    found = {"header": True, "first_fault": "bar_length", "bars": 6, "right": 5, "repeats": 1}
+    assert study.reader_faults(two)[1].items() >= found.items()
     for broken in (two.replace("V:2\n", ""), two.replace("L:1/8\n", ""), two[5:], two[: two.index("[")]):
         assert not study.reader_faults(broken)[1]["header"]
 
@@ -202,8 +194,7 @@ def test_abc2midi_judges_the_text_itself_and_a_judge_that_cannot_run_is_no_verdi
     monkeypatch.setattr(study, "read_abc", lambda text: wrong if text == TUNE else read(text))
     assert check_abc(TUNE)["reasons"] == ["other_notes"]
     monkeypatch.undo()
-    faults, complaints = study.abc2midi_faults(TUNE.replace("c2B2", "c2B").replace("c8|", "c8-|"))
-    assert "abc2midi_error" in faults and any("time units" in why for why in complaints)
+    assert "abc2midi_error" in study.abc2midi_faults(TUNE.replace("c8|", "c8-|"))
 
     def not_run(*args, **kwargs):
         raise PermissionError("noexec")
@@ -218,29 +209,25 @@ def test_abc2midi_judges_the_text_itself_and_a_judge_that_cannot_run_is_no_verdi
 
 def test_metrics_of_a_tune_that_can_be_counted_by_hand():
     text = HEADER + "[V:1]CCGGAAGG|\n" * 2 + "[V:1][CE]4z4|\n[V:1]z8|\n"
-    found = study.music_metrics(study.read_abc(text))
     share = np.array([5, 8, 4, 1]) / 18
-    assert found["pitch_class_entropy"] == pytest.approx(-(share * np.log2(share)).sum())
-    assert found["scale_consistency"] == 1 and found["notes_per_beat"] == 18 / 16
-    assert found["polyphony"] == pytest.approx(12 / 10)  # 8 beats of one note, 2 of two
-    assert found["repeated_bars"] == pytest.approx(1 / 3) and found["empty_bars"] == 1 / 4
-    assert found["groove_consistency"] == pytest.approx(1 - (0 + 7 + 1) / 48 / 3)
+    assert study.music_metrics(study.read_abc(text)) == pytest.approx({
+        "pitch_class_entropy": -(share * np.log2(share)).sum(), "scale_consistency": 1,
+        "polyphony": 12 / 10,  # 8 beats of one note, 2 of two
+        "groove_consistency": 1 - (0 + 7 + 1) / 48 / 3, "notes_per_beat": 18 / 16,
+        "empty_bars": 1 / 4, "repeated_bars": 1 / 3,
+    })
     assert study.music_metrics(study.read_abc(HEADER)) == {}
 
 
-def test_shares_and_means_have_intervals():
+def test_shares_and_means_have_intervals_and_loops_count_only_as_far_as_real_tunes_repeat():
     found = study.share_of([True] * 81 + [False] * 182)  # Newcombe 1998, table I
     assert (found["lo"], found["hi"]) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     found = study.mean_of([*np.random.default_rng(0).normal(5, 1, 400), None], Cfg())
     reach = found["hi"] - found["value"], found["value"] - found["lo"]
     assert reach == pytest.approx((0.098, 0.098), abs=0.02)
     assert study.mean_of([None], Cfg())["value"] is None
-
-
-def test_loops_count_as_right_only_as_far_as_real_tunes_repeat():
-    copy = {"known": 0.0, "share": 0.0}
-    loop = check_abc(HEADER + BARS[0] * 10)
-    tune = {"run": "gpt_1M", "kind": "unprompted", "ended": True, "metrics": {}, "copy": copy, "check": loop}
+    tune = {"run": "gpt_1M", "kind": "unprompted", "ended": True, "metrics": {}}
+    tune |= {"copy": {"known": 0.0, "share": 0.0}, "check": check_abc(HEADER + BARS[0] * 10)}
     row = study.emergence_row([tune, tune], 0.1, 0.2, Cfg())
     assert row["bars_right"] == pytest.approx(0.1 + 0.2) and row["header"]["value"] == 1
     assert study.emergence_row([tune], 0.1, 0.9, Cfg())["bars_right"] == 1
@@ -272,10 +259,9 @@ def test_a_copy_is_found_in_another_key_and_speed_with_the_place_of_the_passage(
 
 def test_a_damaged_twin_differs_in_one_bar_and_a_model_that_knows_the_tune_prefers_it():
     text = HEADER.replace("V:1\n", "") + "cdefgabc|\nC2D2E2F2|\nG4A4|\nB2c2d2e2|\nz8|\n"
-    found, place = study.twins(text, np.random.default_rng(0))
-    true, twins = found.pop("true"), found
-    assert true == text and set(twins) == {"pitch", "swap", "loop"} and text[place - 1] == "\n"
-    bars = [twin[len(HEADER) - 4 :].split("\n") for twin in (true, *twins.values())]
+    twins, place = study.twins(text, np.random.default_rng(0))
+    assert twins["true"] == text and [*twins] == ["true", "pitch", "swap", "loop"] and text[place - 1] == "\n"
+    bars = [twin.split("\n") for twin in twins.values()]
     assert [sum(a != b for a, b in zip(bars[0], bar, strict=True)) for bar in bars] == [0, 1, 2, 1]
     assert study.twins(text[:50], np.random.default_rng(0)) == ({}, 0)
 
@@ -318,11 +304,8 @@ def test_the_evaluation_of_a_study_balances(smoke):
     tries = [row["tries"] for row in evaluation["music"] if row["kind"] == "valid"]
     assert len(tries) == len(evaluation["models"]) and all(n is None or n >= 1 for n in tries)
     for tune in study.read_json(save / "best_samples" / "metadata.json"):
-        assert set(tune["copy"]) == {"known", "share", "nearest", "bars", "notes"}
-        files = [save / "best_samples" / f"{tune['name']}.{kind}" for kind in ("abc", "mid")]
-        heard = study.read_score(files[1]).notes
-        written = study.read_abc(files[0].read_text()).notes  # in wrong bars one note may hide another
-        assert 0.9 * len(written.pitch) <= len(heard.pitch) <= len(written.pitch)
+        abc, midi = (save / "best_samples" / f"{tune['name']}.{kind}" for kind in ("abc", "mid"))
+        assert len(study.read_score(midi).notes.pitch) == len(study.read_abc(abc.read_text()).notes.pitch)
 
 
 def test_a_training_tune_is_found_among_those_of_the_study(smoke):
@@ -337,31 +320,32 @@ def test_a_training_tune_is_found_among_those_of_the_study(smoke):
 
 
 def test_a_prompt_may_be_text_an_abc_or_a_midi_file(tmp_path):
+    def read(name, **options):
+        return study.read_prompt(str(tmp_path / name), Cfg(), **options)
+
     (tmp_path / "mine.mid").write_bytes(make_midi(1))
-    whole = study.midi_to_abc(make_midi(1), Cfg())
-    prompt = study.read_prompt(str(tmp_path / "mine.mid"), Cfg())
-    assert whole.startswith(prompt) and prompt.endswith("|\n") and study.read_abc(prompt).n_bars == 8
-    assert study.read_abc(study.read_prompt(str(tmp_path / "mine.mid"), Cfg(), bars=99)).n_bars == 15
+    assert study.midi_to_abc(make_midi(1), Cfg()).startswith(read("mine.mid"))
+    assert [study.read_abc(read("mine.mid", bars=n)).n_bars for n in (8, 99)] == [8, 15]
     (tmp_path / "other.abc").write_text("X:1\nT:A title\nM:2/4\nL:1/8\nK:G\nGABc|d2BG|ABcA|G4|]\n")
-    assert study.read_prompt(str(tmp_path / "other.abc"), Cfg()).endswith("d2BG|\nABcA|\n")
+    assert read("other.abc").endswith("d2BG|\nABcA|\n")
+    (tmp_path / "motif.abc").write_text("X:1\nL:1/8\nM:4/4\nK:C\nCDEF|\n")
+    assert len(study.read_abc(read("motif.abc")).notes.pitch) == 4
     assert study.read_prompt("X:1\\nL:1/8", Cfg()) == "X:1\nL:1/8"
     assert study.is_abc_text(TUNE * 9) and not study.is_abc_text("mine.mid") and study.is_abc_text("")
-    (tmp_path / "motif.abc").write_text("X:1\nL:1/8\nM:4/4\nK:C\nCDEF|\n")
-    assert len(study.read_abc(study.read_prompt(str(tmp_path / "motif.abc"), Cfg())).notes.pitch) == 4
     (tmp_path / "bad.mid").write_bytes(b"no music")
     for bad in ("bad.mid", "missing.mid", "score.musicxml", "song.mid.gz"):
         with pytest.raises(UserError, match=bad):
-            study.read_prompt(str(tmp_path / bad), Cfg())
+            read(bad)
 
 
 def test_of_a_prompt_with_strange_voices_the_melody_is_taken(tmp_path, capsys):
     (tmp_path / "mine.mid").write_bytes(make_midi(1, program=40))
-    whole = study.read_abc(study.midi_to_abc(make_midi(1, program=40), Cfg()))
+    notes = study.read_abc(study.midi_to_abc(make_midi(1, program=40), Cfg())).notes
     known = study.Vocab((), ("V:1", "V:2", "%%MIDI program 40", "%%MIDI program 50"))
     prompts = [study.read_prompt(str(tmp_path / "mine.mid"), Cfg(), vocab=vocab) for vocab in (known, VOCAB)]
     assert [len(study.read_abc(prompt).voices) for prompt in prompts] == [2, 1]
     assert "program 40" in capsys.readouterr().out and "program" not in prompts[1]
-    notes, melody = whole.notes, study.read_abc(prompts[1]).notes
+    melody = study.read_abc(prompts[1]).notes
     assert melody.pitch.tolist() == notes.pitch[(notes.voice == 0) & (notes.onset < 32)].tolist()
 
 

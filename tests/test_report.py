@@ -12,6 +12,7 @@ import soundfile
 
 import LakhMIDI as study
 
+ROOT = Path(study.__file__).parent
 HOSTILE = "</pre><script>document.title='pwned'</script><img src=x onerror=\"document.title='pwned'\">"
 BARS = "DEFGABcd|\ndcBAGFED|\n"
 SCALE = "X:1\nL:1/8\nM:4/4\nQ:1/4=120\nK:D\n" + BARS
@@ -63,7 +64,7 @@ def spoil(cfg):
         path.write_text(f"T:{HOSTILE}\n" + path.read_text("utf-8"), encoding="utf-8")
 
 
-def test_the_page_holds_every_network_table_and_tune_is_small_and_asks_for_nothing(copied):
+def test_the_page_holds_every_network_and_tune_and_asks_for_nothing(copied):
     page, evaluation = render(copied), study.read_json(copied.SAVE_DIR / "evaluation.json")
     for row in evaluation["models"]:
         assert study.model_name(row["run"]) in page.text and f"{row['bits_per_note']:.4g}" in page.text
@@ -92,8 +93,7 @@ def test_what_could_not_be_fitted_or_made_is_left_out(copied, monkeypatch):
         refused = {"status": "refused", "reason": "too few points"}
         for law in fits["families"].values():
             law |= {"power_law": refused, "parametric": refused, "frontier": [], "prediction": None}
-        for pair in fits["comparison"]:
-            pair |= {"equal_parameters": refused, "equal_flops": refused}
+        fits["comparison"][0] |= {"equal_parameters": refused, "equal_flops": refused}
 
     edit(copied.SAVE_DIR / "fits.json", refuse)
     for sound in copied.SAVE_DIR.glob("*/*.mp3"):
@@ -104,31 +104,28 @@ def test_what_could_not_be_fitted_or_made_is_left_out(copied, monkeypatch):
     assert "can't be compared with that of the LSTM: too few points." in page.text
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        ({"value": 0.123456, "lo": 0.1, "hi": None}, "0.123 [0.1, open]"),
-        ({"value": None, "lo": None, "hi": None}, "\u2013"),
-        ({"bar_length": 3, "cut": 2, "silent": 1}, "bars that do not add up 3, cut off 2"),
-        (1_599_488, "1,599,488"),
-        (47_786.3, "47,790"),
-        (0.85493, "0.8549"),
-        ("gpt_1M", "Transformer 1M"),
-        ("lstm", "LSTM"),
-        (None, "\u2013"),
-    ],
-)
-def test_values_are_shown_for_people(value, shown):
-    assert study.show(value) == shown
+def test_values_are_shown_for_people():
+    shown = {0.85493: "0.8549", 47_786.3: "47,790", 1_599_488: "1,599,488", None: "\u2013", "lstm": "LSTM"}
+    assert [study.show(value) for value in shown] == [*shown.values()]
+    assert study.show({"value": 0.12345, "lo": 0.1, "hi": None}, as_percent=True) == "12.3 [10, open]"
+    assert study.show({"bar_length": 3, "cut": 2, "x": 1}) == "bars that do not add up 3, cut off 2"
 
 
-def test_the_first_sentences_answer_the_question_of_the_study():
-    bits = {"value": -0.7546, "lo": -0.825, "hi": -0.6837}
-    law = {"at": 1e6, "value": 0.791, "lo": 0.774, "hi": 0.809, "nats": bits, "bits_per_note": bits}
-    pair = {"families": ["gpt", "lstm"], "equal_parameters": law, "equal_flops": law}
-    first, second = study.answers({"comparison": [pair]})
-    assert "the loss of the Transformer is 0.755 [0.684, 0.825] bits a note or" in first
-    assert "At equal flops" in second and first.endswith("of the LSTM, a ratio of 0.791 [0.774, 0.809].")
+def test_the_first_sentences_answer_the_question_and_the_readme_quotes_the_run():
+    found = study.read_json(ROOT / "benchmarks" / "study.json")
+    first, second = study.answers(found)
+    assert "At equal parameters the loss of the Transformer is" in first and "At equal flops" in second
+    readme = (ROOT / "README.md").read_text("utf-8")
+    quoted = re.search(r"<!-- benchmarks/study.json -->(.*?)<!-- end -->", readme, re.S)[1]
+    for law in (found["comparison"][0][key] for key in ("equal_parameters", "equal_flops")):
+        bits = [-law["bits_per_note"][end] for end in ("value", "hi", "lo")]
+        assert "{:.2f} [{:.2f}, {:.2f}]".format(*bits).replace("0.", ".") in quoted
+        assert study.show({"value": bits[0], "lo": bits[1], "hi": bits[2]}) in first + second
+    for law in found["families"].values():
+        alpha, stated = law["power_law"]["alpha"], law["prediction"]
+        errors = [f"{100 * stated[key]:+.1f}" for key in ("error", "ruler_error")]
+        for figure in ("{value:.2f} [{lo:.2f}, {hi:.2f}]".format(**alpha), *errors):
+            assert figure.replace("0.", ".") in quoted
 
 
 def wait(page, condition):
@@ -176,26 +173,20 @@ def test_a_browser_shows_plays_and_seeks(copied):
     assert [request for request in requests if not request.startswith("data:")] == [address]
 
 
-def sound_of(text):
-    return study.render_sound(study.abc_to_midi(text))
-
-
-def brightness(text):
-    """Centre of the spectrum, in hertz."""
-    wave, rate = sound_of(text)
-    power = np.abs(np.fft.rfft(wave)) ** 2
-    return float(power @ np.fft.rfftfreq(len(wave), 1 / rate) / power.sum())
-
-
 def test_instruments_sound_unlike_and_the_last_note_rings_out():
-    wave, rate = sound_of(SCALE)
+    def sound(text):
+        """Samples, their rate, and the centre of the spectrum in hertz."""
+        wave, rate = study.render_sound(study.abc_to_midi(text))
+        power = np.abs(np.fft.rfft(wave)) ** 2
+        return wave, rate, float(power @ np.fft.rfftfreq(len(wave), 1 / rate) / power.sum())
+
+    wave, rate, piano = sound(SCALE)
     assert np.abs(wave).max() == pytest.approx(0.8) and np.sqrt((wave**2).mean()) > 0.03
     assert len(wave) / rate > 5.5 and np.abs(wave[-rate // 10 :]).max() < 0.02  # four seconds of notes
     lines = "program 40", "channel 10"
-    violin, drums = (SCALE.replace("K:D\n", f"K:D\nV:1\n%%MIDI {line}\n") for line in lines)
-    assert abs(brightness(violin) / brightness(SCALE) - 1) > 0.2
-    assert brightness(drums) > 1.5 * brightness(SCALE)
-    assert len(sound_of(SCALE + BARS * 40)[0]) <= 32.5 * rate
+    violin, drums = (sound(SCALE.replace("K:D\n", f"K:D\nV:1\n%%MIDI {line}\n"))[2] for line in lines)
+    assert abs(violin / piano - 1) > 0.2 and drums > 1.5 * piano
+    assert len(sound(SCALE + BARS * 40)[0]) <= 32.5 * rate
 
 
 def test_a_tune_is_written_as_text_midi_sound_roll_and_score(tmp_path):
