@@ -5649,7 +5649,8 @@ WORDS = {  # what check_abc finds, and the kinds of samples
     "no_bar_line": "a missing bar line", "silent_bars": "voices out of step", "silent": "hardly anything new",
     "abc2midi_error": "abc2midi finds an error", "other_notes": "abc2midi hears other notes",
     "no_header": "no header", "unprompted": "begun from nothing", "prompted": "continued",
-    "valid": "bars redrawn", "yours": "goes on from yours", "same": "four bars continued"}
+    "valid": "bars redrawn", "yours": "goes on from yours", "same": "four bars continued",
+    True: "yes", False: "no", None: "\u2013"}
 LICENCES = {FOLK: "public domain", "The Session": "Open Database License", "Lakh": "CC BY 4.0"}
 
 
@@ -5661,11 +5662,9 @@ def show(value, as_percent=False, digits=4):
         return ", ".join(f"{show(name)} {count}" for name, count in [*value.items()][:2])
     if isinstance(value, dict):
         ends = ["open" if value[end] is None else show(value[end], as_percent, 3) for end in ENDS]
-        return "{} [{}, {}]".format(*ends) if value["value"] is not None else "\u2013"
-    if isinstance(value, str):
+        return "{} [{}, {}]".format(*ends) if value["value"] is not None else WORDS[None]
+    if value is None or isinstance(value, (bool, str)):
         return WORDS.get(value) or model_name(value)
-    if value is None:
-        return "\u2013"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{float(f'{100 * value:.3g}' if as_percent else f'{value:.{digits}g}'):,.10g}"
@@ -5826,27 +5825,25 @@ def in_short(stats, fits, evaluation):
 
 def law_tables(fits):
     """Tables of the laws; a law that was refused has no row."""
-    laws, stated, plans = fits["families"].items(), [], []
+    laws = fits["families"].items()
+    stated = [law["prediction"] for _, law in laws if law.get("prediction")]
+    stated = [row | {"predicted": {"value": row["predicted"], "lo": row["lo"], "hi": row["hi"]}}
+              for row in stated]
+    plans = [{"family": family, "n_fit": row["n"], "tokens": row["d"]} | row
+             for family, law in laws for row in law.get("frontier", [])]
 
     def fitted(name, keys):
         rows = [{"family": family} | law[name] for family, law in laws if law[name]["status"] != "refused"]
         return pick(rows, f"family {keys} status")
 
-    for family, law in laws:
-        if row := law.get("prediction"):
-            stated.append(row | {"predicted": estimate([row["predicted"], row["lo"], row["hi"]]),
-                                 "hit": {True: "yes", False: "no", None: None}[row["hit"]]})
-        for row in law.get("frontier", []):
-            n, d, loss = ({"value": row[key], "lo": row[f"{key}_lo"], "hi": row[f"{key}_hi"]}
-                          for key in ("n", "d", "loss"))
-            plans.append({"family": family, "hours": row["hours"], "n_fit": n, "tokens": d, "loss": loss})
     return [("L(N) = a N^-alpha + c, with 95 % profile intervals", fitted("power_law", "alpha c")),
             ("The largest network, predicted from the smaller ones before it was trained",
              pick(stated, "model stated_at predicted observed hit error share_of_last_step ruler_error "
                           "persistence_error")),
             ("L(N, D) = E + A / N^alpha + B / D^beta, with 95 % bootstrap intervals",
              fitted("parametric", "alpha beta E")),
-            ("The best use of so many hours on this machine, by L(N, D)", plans)]
+            ("The best use of so many hours on this machine, by L(N, D)",
+             pick(plans, "family hours n_fit tokens epochs loss"))]
 
 
 def loss_tables(runs, tested):
