@@ -5227,6 +5227,9 @@ def emergence_row(tunes, copy_limit, repeats, cfg):
     before, no larger share counts as right than such bars have in held-out tunes, `repeats`: a loop is no
     success.
     """
+    def most_common(found):
+        return dict(Counter(found).most_common())
+
     checks = [tune["check"] for tune in tunes]
     bars, right, repeated = (sum(check[key] for check in checks) for key in ("bars", "right", "repeats"))
     row = {"run": tunes[0]["run"], "kind": tunes[0]["kind"], "n": len(tunes),
@@ -5235,8 +5238,8 @@ def emergence_row(tunes, copy_limit, repeats, cfg):
            "valid_or_cut": share_of(check["reasons"] in ([], ["cut"]) for check in checks),
            "header": share_of(check["header"] for check in checks),
            "bars_right": (right - max(0, repeated - repeats * bars)) / max(1, bars),
-           "first_fault": Counter(check["first_fault"] for check in checks if check["first_fault"]),
-           "reasons": Counter(reason for check in checks for reason in check["reasons"]),
+           "first_fault": most_common(check["first_fault"] for check in checks if check["first_fault"]),
+           "reasons": most_common(reason for check in checks for reason in check["reasons"]),
            "known": np.median([tune["copy"]["known"] for tune in tunes]),
            "nearest": np.median([tune["copy"]["share"] for tune in tunes]),
            "copied": share_of(tune["copy"]["share"] > copy_limit for tune in tunes),
@@ -5280,10 +5283,8 @@ def evaluate(cfg):
     groups = judge_all(write_music(models, best, real[:cfg.SAMPLES], cfg), cfg)
     tunes = list(itertools.chain(*groups))
     limit = float(np.quantile([tune["copy"]["share"] for tune in groups[0]], 0.95))  # the real ones
-    bars = Counter()
-    for text in real:
-        bars.update(count_bars(complete_lines(text)))
-    repeats = bars["repeats"] / max(1, bars["bars"])
+    bars = [count_bars(complete_lines(text)) for text in real]
+    repeats = sum(count["repeats"] for count in bars) / max(1, sum(count["bars"] for count in bars))
     table = [emergence_row(group, limit, repeats, cfg) for group in groups if group[0]["kind"] != "same"]
 
     for folder in SAMPLE_FOLDERS:

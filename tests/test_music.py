@@ -305,7 +305,8 @@ def test_the_evaluation_of_a_study_balances(smoke):
     assert len(tries) == len(evaluation["models"]) and all(n is None or n >= 1 for n in tries)
     for tune in study.read_json(save / "best_samples" / "metadata.json"):
         abc, midi = (save / "best_samples" / f"{tune['name']}.{kind}" for kind in ("abc", "mid"))
-        assert len(study.read_score(midi).notes.pitch) == len(study.read_abc(abc.read_text()).notes.pitch)
+        heard, written = study.read_score(midi).notes.pitch, study.read_abc(abc.read_text()).notes.pitch
+        assert 0.9 * len(written) <= len(heard) <= len(written)  # a sampled note may be too short to be heard
 
 
 def test_a_training_tune_is_found_among_those_of_the_study(smoke):

@@ -116,7 +116,7 @@ def test_the_first_sentences_answer_the_question_and_the_readme_quotes_the_run()
     first, second = study.answers(found)
     assert "At equal parameters the loss of the Transformer is" in first and "At equal flops" in second
     readme = (ROOT / "README.md").read_text("utf-8")
-    quoted = re.search(r"<!-- benchmarks/study.json -->(.*?)<!-- end -->", readme, re.S)[1]
+    quoted = re.search("<!-- figures of a default run.*?-->(.*?)<!-- end -->", readme, re.S)[1]
     for law in (found["comparison"][0][key] for key in ("equal_parameters", "equal_flops")):
         bits = [-law["bits_per_note"][end] for end in ("value", "hi", "lo")]
         assert "{:.2f} [{:.2f}, {:.2f}]".format(*bits).replace("0.", ".") in quoted
