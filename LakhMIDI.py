@@ -3946,6 +3946,14 @@ def estimate(values):
     return {end: float(v) if np.isfinite(v) else None for end, v in zip(ENDS, values, strict=True)}
 
 
+def attempt(law, *args, **kwargs):
+    """The result of `law`, or why it was refused."""
+    try:
+        return law(*args, **kwargs)
+    except UserError as error:
+        return Law(status="refused", reason=str(error))
+
+
 # --- 1. L(N): for a given alpha a straight line
 
 class Points(NamedTuple):
@@ -4002,19 +4010,6 @@ class Lines:
         return np.maximum(np.hstack([a - half, a + half]), 1e-9 * self.a), np.hstack([c, c])
 
 
-def noise_variance(points, S):
-    """(variance of log L from run to run, its degrees of freedom, p-value of the law).
-
-    From the seeds, if three sizes have several, which do not trust the law, else from the residuals.
-    """
-    sizes, runs = len(points.x), int(points.runs.sum())
-    if (points.runs > 1).sum() < 3:
-        return max(S / max(runs - 3, 1), ROUNDING**2), runs - 3, 1.0
-    dof, lack = runs - sizes, sizes - 3
-    variance = max(points.within / dof, ROUNDING**2)
-    return variance, dof, stats.f.sf((S - points.within) / lack / variance, lack, dof) if lack else 1.0
-
-
 def fit_curve(points):
     """The best L(N), and around it all that the points allow at 95 % (Bates and Watts 1988, chapter 6)."""
     def profile(log_alpha):
@@ -4025,7 +4020,7 @@ def fit_curve(points):
             columns = np.log(a) + alpha * points.origin, -np.inf, np.log(c), alpha, 1.0
         return np.stack(np.broadcast_arrays(*columns), -1).reshape(-1, 5)
 
-    # Beyond these exponents no size, or none but the smallest, tells the law from a constant.
+    # 1. The best exponent. Beyond these ends no size, or none but the smallest, tells a law from a constant.
     ends = low, high = np.log([1e-3 / points.x[-1], 40 / np.diff(points.x).min()])
     for _ in range(9):
         grid = np.linspace(low, high, 41)
@@ -4033,12 +4028,21 @@ def fit_curve(points):
         low, high = grid[max(best - 1, 0)], grid[min(best + 1, 40)]
     law, line = Law(), Lines(points, np.exp(grid[[[best]]]))
     law.best, law.S = parameters(np.exp(grid[best]), line.a, line.c)[0], line.S.item()
-    law.closed, law.quantiles = np.full(2, False), (0, 1)
-    variance, dof, law.p_value = noise_variance(points, law.S)
+    law.closed, law.quantiles, law.p_value = np.full(2, False), (0, 1), 1.0
+
+    # 2. The noise: by the seeds, if three sizes have several, as these do not trust the law; else by the law.
+    sizes, runs = len(points.x), int(points.runs.sum())
+    squares, dof, lack = law.S, runs - 3, sizes - 3
+    if (points.runs > 1).sum() >= 3:
+        squares, dof = points.within, runs - sizes
+        if lack:
+            law.p_value = stats.f.sf((law.S - squares) / lack / max(squares / dof, ROUNDING**2), lack, dof)
     if dof == 0:
         return law
+    law.sigma = np.sqrt(max(squares / dof, ROUNDING**2))
+    law.noise = law.sigma * stats.t.ppf(0.975, dof)
 
-    law.sigma, law.noise = np.sqrt(variance), np.sqrt(variance * stats.f.ppf(0.95, 1, dof))
+    # 3. All laws whose S is above the least one by no more than that noise explains.
     limit = law.S + law.noise**2
     law.closed = profile(ends) > limit
     ends = [optimize.brentq(lambda v: profile(v)[0] - limit, grid[best], end) if closed else end
@@ -4092,19 +4096,16 @@ def fit_power_law(N, L):
 # --- 2. Predictions of models that the law has not seen
 
 def state_prediction(smaller, largest, *, runs=1):
-    """The mean loss of `runs` models of `largest` parameters, from the smaller ones, {"N": ..., "L": ...}.
+    """The mean loss of `runs` models of `largest` parameters, by smaller ones {"N": ..., "L": ...}.
 
     Returns what `forecast` does, "n" and "reason", why a None is None.
     """
-    stated = {"n": float(largest), "reason": ""}
-    try:
-        law = fit_curve(check_points(smaller["N"], smaller["L"], least=3))
-    except UserError as error:
-        none = dict.fromkeys(("predicted", "lo", "hi", "noise", "ruler", "persistence"))
-        return {**stated, **none, "reason": str(error)}
-    if not len(law.others):
-        stated["reason"] = "three points leave nothing to judge the noise by"
-    return stated | forecast(law, *check_columns(smaller["N"], smaller["L"]), largest, runs=runs)
+    N, L = smaller["N"], smaller["L"]
+    law = attempt(lambda: fit_curve(check_points(N, L, least=3)))
+    none = dict.fromkeys(("predicted", "lo", "hi", "noise", "ruler", "persistence"))
+    found = none if law.best is None else forecast(law, *check_columns(N, L), largest, runs=runs)
+    alone = "" if len(law.others) else "three points leave nothing to judge the noise by"
+    return {"n": float(largest), "reason": law.get("reason", alone), **found}
 
 
 def forecast(law, N, L, largest, *, D=1.0, runs=1):
@@ -4133,18 +4134,15 @@ def with_outcome(stated, losses):
     before. A hit beats the ruler, and its interval holds the truth and excludes persistence.
     """
     observed = float(np.exp(np.mean(np.sort(np.log(losses)))))
-    out = {**stated, "observed": observed, "error": None, "ruler_error": None, "persistence_error": None,
-           "share_of_last_step": None, "hit": None}
-    if stated["predicted"] is None:
-        return out
-    names = {"error": "predicted", "ruler_error": "ruler", "persistence_error": "persistence"}
-    out |= {key: stated[name] / observed - 1 for key, name in names.items()}
-    lo, hi, before = stated["lo"], stated["hi"], stated["persistence"]
-    if before > observed:
-        out["share_of_last_step"] = abs(stated["predicted"] - observed) / (before - observed)
-    if lo is not None and hi is not None:
-        better = abs(out["error"]) < abs(out["ruler_error"])
-        out["hit"] = bool(better and lo <= observed <= hi and not lo <= before <= hi)
+    predicted, ruler, before = (stated[name] for name in ("predicted", "ruler", "persistence"))
+    out = {**stated, "observed": observed, "share_of_last_step": None, "hit": None}
+    for name, value in (("error", predicted), ("ruler_error", ruler), ("persistence_error", before)):
+        out[name] = value / observed - 1 if value else None
+    if predicted and before > observed:
+        out["share_of_last_step"] = abs(predicted - observed) / (before - observed)
+    if predicted and stated["lo"] is not None and stated["hi"] is not None:
+        inside, stays = (stated["lo"] <= loss <= stated["hi"] for loss in (observed, before))
+        out["hit"] = bool(abs(out["error"]) < abs(out["ruler_error"]) and inside and not stays)
     return out
 
 
@@ -4287,14 +4285,6 @@ def fit_parametric_loss(N, D, L, *, run_id=None, n_boot=400):
     return law
 
 
-def attempt(law, *args, **kwargs):
-    """The result of `law`, or why it was refused."""
-    try:
-        return law(*args, **kwargs)
-    except UserError as error:
-        return Law(status="refused", reason=str(error))
-
-
 # --- 4. What follows: the best split of compute, the families side by side
 
 def compute_frontier(law, flops, flops_per_parameter_token=6.0, most_tokens=np.inf):
@@ -4356,19 +4346,22 @@ def compare_families(families, laws, bits_per_note=None):
         (a, a_lo, a_hi), (b, b_lo, b_hi) = first, second
         return np.array([a - b, a - b - np.hypot(a - a_lo, b_hi - b), a - b + np.hypot(a_hi - a, b - b_lo)])
 
-    def compare(pair, column, name):
-        both = [laws[family][name] for family in pair]
-        refused = [law["reason"] for law in both if law["status"] == "refused"]
-        if refused:
-            return {"status": "refused", "reason": "; ".join(refused)}
-        at = min(max(run[column] for run in families[family]) for family in pair)
-        losses = [law.predict(at)[:, 0] for law in both]
-        nats, ratio = difference(*losses), np.exp(difference(*np.log(losses)))
-        out = {"at": float(at), **estimate(ratio), "nats": estimate(nats)}
-        return out | ({"bits_per_note": estimate(bits_per_note * nats)} if bits_per_note else {})
-    return [{"families": list(pair), "equal_parameters": compare(pair, "n_fit", "power_law"),
-             "equal_flops": compare(pair, "flops", "power_law_flops")}
-            for pair in itertools.combinations(families, 2)]
+    rows = []
+    for pair in itertools.combinations(families, 2):
+        rows.append({"families": list(pair)})
+        for key, column, name in (("equal_parameters", "n_fit", "power_law"),
+                                  ("equal_flops", "flops", "power_law_flops")):
+            both = [laws[family][name] for family in pair]
+            reasons = [law["reason"] for law in both if law["status"] == "refused"]
+            rows[-1][key] = {"status": "refused", "reason": "; ".join(reasons)}
+            if not reasons:
+                at = min(max(run[column] for run in families[family]) for family in pair)
+                losses = [law.predict(at)[:, 0] for law in both]
+                nats, ratio = difference(*losses), np.exp(difference(*np.log(losses)))
+                rows[-1][key] = {"at": float(at), **estimate(ratio), "nats": estimate(nats)}
+                if bits_per_note:
+                    rows[-1][key]["bits_per_note"] = estimate(bits_per_note * nats)
+    return rows
 
 
 def with_ends(estimate):
@@ -4380,15 +4373,14 @@ def describe(law, runs):
     """What a law and the range of the runs behind it support, in sentences for people."""
     if law["status"] == "refused":
         return f"No law: {law['reason']}."
-    (N, _), held = main_table(runs), law["holdout"]
-    seeds = np.unique(N, return_counts=True)[1]
-    span = f"{len(seeds)} sizes within a factor of {N.max() / N.min():.0f}"
+    sizes, seeds = np.unique(main_table(runs)[0], return_counts=True)
+    span = f"{len(sizes)} sizes within a factor of {sizes[-1] / sizes[0]:.0f}"
     span += f", {'/'.join(map(str, seeds))} seeds"
-    if N.max() < 100 * N.min():
+    if sizes[-1] < 100 * sizes[0]:
         span += ": too narrow a range to carry an exponent over to larger models"
     if law["status"] == "not_identified":
         return f"These runs support no exponent: {law['reason']}. {span}."
-    text = f"alpha = {with_ends(law['alpha'])}, {law['status']}"
+    text, held = f"alpha = {with_ends(law['alpha'])}, {law['status']}", law["holdout"]
     if law["status"] == "ridge":
         text += f" ({law['reason']}: only alpha and c together are known)"
     if held["error"] is not None:
@@ -4405,23 +4397,24 @@ GLOSSARY = {
     "power_law": "L = a N^-alpha + c, a, c >= 0, nothing fixed; least squares on log L, for each alpha a "
                  "linear regression; 95 % profile intervals; runs with main = true; power_law_total_n, "
                  "power_law_flops: the same with n_params or flops as N",
-    "parametric": "L = E + A / N^alpha + B / D^beta, nothing fixed; sum of Huber(r / delta), r log residual; "
+    "parametric": "L = E + A / N^alpha + B / D^beta, nothing fixed; sum of Huber(r / 1e-3), r log residual; "
                   "L-BFGS-B from the best 3 of 64 starts, ftol 1e-12; 95 % intervals: bootstrap over runs",
     "verdict": "status identified, ridge (alpha and c are known only together), not_identified or refused, "
-               "and its reason. value, lo, hi: estimate and ends of its interval (level), null if open",
+               "and its reason. value, lo, hi: estimate and ends of its interval, null if open",
     "quality": "objective: what was minimised, over n_points losses of n_runs; sigma_log: residual standard "
                "deviation of log L; exponential, log_linear: sums of squared residuals, as the objective of "
                "power_law, of c + a e^-kN and of a straight line, in log D, too; loo_alpha: without each "
                "size in turn; local_slopes: d log L / d log N between sizes",
     "prediction": "of the largest model, stated before it was trained; holdout, holdout_two: of the largest "
-                  "one or two sizes from the others; each: predicted, the baselines ruler and persistence, "
+                  "one or two sizes from the others. Each: predicted, the baselines ruler and persistence, "
                   "observed; error, ruler_error, persistence_error: relative; noise: standard error of log "
                   "observed; share_of_last_step; hit",
     "frontier": "best N and D for so many hours at flops_per_s; frontier_left_out: hours without, and why",
     "comparison": "ratio of the first family's loss to the second's, at the largest N or FLOPs of both",
     "points": "n_fit: N, without embedding; n_params: all; n_non_embedding: without output layer, too; "
-              "tokens: D, characters seen; unique_tokens: distinct; flops: C, attention too; lr: peak rate; "
-              "val_loss: L, at the decayed end, nats per character; val_loss_se: standard error over tunes",
+              "tokens: D, characters counted once; seen: all that went through the model; unique_tokens: "
+              "distinct; flops: C of what was seen, attention too; lr: peak rate; val_loss: L of the mean of "
+              "the weights, nats per character; val_loss_se: standard error over tunes",
     "left_out": "no run; L(N) takes the full-budget runs (main = true), L(N, D) all"}
 
 
@@ -4511,13 +4504,9 @@ def plan(cfg, budget):
             continue
         n, d, loss = (with_ends(row[key]) for key in ("n", "d", "loss"))
         print(form.format(f"{family}, {budget}", n, d, f"{row['epochs']:.3g}", loss))
-        note = f"{family}: L(N, D) is {surface['status']}; {flops:.3g} FLOPs"
-        note += f" at {law['flops_per_s']:.3g} FLOP/s, as measured." if seconds else "."
-        beyond = [row[key]["value"] / max(run[column] for run in runs)
-                  for key, column in (("n", "n_fit"), ("d", "tokens"))]
-        if max(beyond) > 1.05:
-            note += " Extrapolated: {:.3g} times the largest N, {:.3g} times the largest D.".format(*beyond)
-        notes.append(note)
+        notes.append(f"{family}: L(N, D) is {surface['status']}; {flops:.3g} FLOPs; "
+                     f"{row['n']['value'] / runs[-1]['n_fit']:.2g} times the largest N so far, "
+                     f"{row['d']['value'] / runs[-1]['tokens']:.2g} times the largest D.")
     print("\n".join(notes))
 
 
@@ -4528,16 +4517,16 @@ L_LABEL = "validation loss (nats per character)"
 
 
 def sheet(columns, *panels):
-    """(figure, [axes]) of panels (title, x label, y label, x scale, y scale), so many side by side."""
+    """(figure, [axes]) of panels (title, x label, y label, [x scale], [y scale]), so many side by side."""
     rows = math.ceil(len(panels) / columns)
     width, height = 5.5 * columns, 4.3 * rows  # inches; a layout engine takes as long again as drawing
     figure = Figure(figsize=(width, height))
     figure.subplots_adjust(left=0.8 / width, right=1 - 0.1 / width, bottom=0.6 / height, top=1 - 0.8 / height,
                            hspace=0.3, wspace=0.2)
     places = [figure.add_subplot(rows, columns, i + 1) for i in range(len(panels))]
-    for axes, (title, x, y, xscale, yscale) in zip(places, panels, strict=True):
+    for axes, (title, x, y, *scales) in zip(places, panels, strict=True):
         axes.set_title(title, loc="left", fontsize=10)
-        axes.set(xlabel=x, ylabel=y, xscale=xscale, yscale=yscale)
+        axes.set(xlabel=x, ylabel=y, **dict(zip(("xscale", "yscale"), scales or ["log"], strict=False)))
         axes.grid(True, which="major", alpha=0.25)
     return figure, places
 
@@ -4545,8 +4534,7 @@ def sheet(columns, *panels):
 def save_figure(figure, folder, name):
     """Writes name.png, the combined one also as .svg and .pdf, and name_panel<n>.png for narrow screens."""
     figure.set_dpi(150)
-    files = [folder / f"{name}.{kind}" for kind in ("png", "svg", "pdf")]
-    files = files if name == "combined_scaling" else files[:1]
+    files = [folder / f"{name}.{kind}" for kind in ("png", "svg", "pdf")[:3 if "combined" in name else 1]]
     for file in files:
         with atomic_path(file) as path:
             figure.savefig(path, format=file.suffix[1:], dpi=150)
@@ -4559,19 +4547,14 @@ def save_figure(figure, folder, name):
 
 
 def draw_law(axes, N, L, family, law, reach, floor=0.0):
-    """All runs, and the law within its 95 % band, dotted beyond the largest size; no curve for no law.
-
-    floor: an offset to take off every loss.
-    """
+    """All runs, and the law with its 95 % band as far as `reach` times the largest size; no law, no curve."""
     style, spread = FAMILIES[family], np.ptp(L) or 0.1 * L.max()
     axes.plot(N, L - floor, style.marker, color=style.colour, label=f"{style.label}, {len(N)} runs", zorder=3)
     if law["status"] in BELIEVED:
         at = np.geomspace(N.min() / 1.3, N.max() * reach, 31)
         loss, lo, hi = law.predict(at) - floor
         axes.fill_between(at, lo, hi, color=style.colour, alpha=0.15, lw=0)
-        trained = at <= N.max()
-        axes.plot(at[trained], loss[trained], color=style.colour, label=f"{style.label}, law, 95 % band")
-        axes.plot(at[~trained], loss[~trained], ":", color=style.colour)
+        axes.plot(at, loss, style.line, color=style.colour, label=f"{style.label}, law, 95 % band")
     shown = np.concatenate([line.get_ydata() for line in axes.lines])
     low = max(shown.min(), 1e-3 * spread) / 3 if floor else max(shown.min() - 0.3 * spread, 0)
     axes.set_ylim(low, shown.max() + 0.2 * spread)
@@ -4580,9 +4563,9 @@ def draw_law(axes, N, L, family, law, reach, floor=0.0):
 def draw_family(family, runs, fits):
     """The law with its held-out test, the reducible loss, the pair (alpha, c)."""
     (N, L), law, style = main_table(runs), fits["power_law"], FAMILIES[family]
-    panels = [("a  Loss against size, extrapolated tenfold", N_LABEL, L_LABEL, "log", "linear"),
+    panels = [("a  Loss against size, extrapolated tenfold", N_LABEL, L_LABEL),
               ("b  Reducible loss: a line, if the law holds", N_LABEL, "L - c (nats)", "log", "log"),
-              ("c  What is known of both, 95 %", "alpha", "c (nats per character)", "linear", "linear")]
+              ("c  What is known of both, 95 %", "alpha", "c (nats per character)", "linear")]
     refused = law["status"] == "refused"
     figure, (first, *others) = sheet(1, panels[0]) if refused else sheet(3, *panels)
     title = textwrap.fill(f"{style.label}: {fits['verdict']}", 70 if refused else 200)
@@ -4607,8 +4590,8 @@ def draw_family(family, runs, fits):
 
 def draw_combined(families, laws):
     """Loss against size and against compute for all families, and the map of L(N, D) of each."""
-    panels = [("a  Loss against size", N_LABEL, L_LABEL, "log", "linear"),
-              ("b  Loss against compute", "C: training FLOPs, attention included", L_LABEL, "log", "linear")]
+    panels = [("a  Loss against size", N_LABEL, L_LABEL),
+              ("b  Loss against compute", "C: training FLOPs, attention included", L_LABEL)]
     panels += [(f"{letter}  {FAMILIES[family].label}: lines of equal loss (nats per character)",
                 N_LABEL, D_LABEL, "log", "log") for letter, family in zip("cdefghij", families, strict=False)]
     figure, (first, second, *others) = sheet(2, *panels)
@@ -4644,7 +4627,7 @@ def draw_curves(families, curves):
     """Training (thin) and validation (marked) loss of every full run, from light to dark with size."""
     figure, places = sheet(len(families), *(
         (f"{FAMILIES[family].label}: training loss (thin), validation loss (marks)", D_LABEL,
-         "loss (nats per character)", "linear", "linear") for family in families))
+         "loss (nats per character)", "linear") for family in families))
     for axes, (family, runs) in zip(places, families.items(), strict=True):
         shown = sorted((r for r in runs if r["main"] and r["run"] in curves), key=lambda r: r["n_fit"])
         for run, shade in zip(shown, colormaps["viridis"](np.linspace(0.85, 0, len(shown))), strict=True):
@@ -5079,7 +5062,7 @@ def leaked_loss(model, tokens, vocab, cfg):
 def draw_places(tested):
     """Test loss against the place in the window, pale to full by size: what more context brings."""
     figure, (axes,) = sheet(1, ("Test loss by place in the window", "place in the window (characters)",
-                                "bits per character", "log", "linear"))
+                                "bits per character"))
     for i, row in enumerate(sorted(tested, key=lambda row: row["n_fit"])):
         style, spans = FAMILIES[row["run"].partition("_")[0]], row["by_position"]
         middle = [math.sqrt((span["from"] + 1) * span["to"]) for span in spans]
