@@ -30,6 +30,7 @@ import argparse
 import array
 import ast
 import base64
+import bisect
 import collections
 import contextlib
 import copy
@@ -37,6 +38,7 @@ import csv
 import datetime
 import difflib
 import functools
+import gc
 import hashlib
 import html
 import importlib.metadata
@@ -61,6 +63,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import unicodedata
 import zipfile
 import zlib
@@ -1252,7 +1255,7 @@ def extract(cfg):
 #   chords    notes of a voice with equal start and end; each keeps its layer as long as it sounds
 #   layers    voice 0: [F#5 0-96] [A5 96-240] in one, [D4 0-192] in another
 #   pieces    A5 is cut at the bar line: 96-192, tied to 192-240; silence within a bar becomes rests
-#   text      [V:1]f4a4-&D8|[V:2](3GBdG6|          L:1/8; V:2 is read an octave lower
+#   text      [V:1]f4a4-&D8|[V:2](3GBdG6&z8|       L:1/8; V:2 is read an octave lower; its &z8 is for abcjs
 #
 # What decides the rest is that programs differ (findings/README.md has what each does). So only whole chords
 # are tied, a layer is not left while it sounds, one L: and one K: serve all voices, drums have one layer,
@@ -1294,14 +1297,6 @@ class Notes(NamedTuple):
     pitch: np.ndarray
 
 
-class Score(NamedTuple):
-    """What read_score found in a MIDI file. Of two changes at one beat the last one counts."""
-    notes: Notes
-    voices: list  # (program 0-127, is_drum) of each voice: the notes of a track on one channel and program
-    metres: list  # (beat, numerator, denominator)
-    tempos: list  # (beat, quarter notes per minute)
-
-
 class Fault(NamedTuple):
     """Something in a text that does not add up. Lines count from 1, bars from 0."""
     line: int
@@ -1311,96 +1306,21 @@ class Fault(NamedTuple):
 
 
 class Tune(NamedTuple):
-    """What read_abc found. `open_end`: the text stops inside a bar or under a tie."""
+    """What read_score found in a MIDI file or read_abc in a text. Of changes at one beat the last counts."""
     notes: Notes
-    voices: list  # (program 0-127, is_drum) of each voice
-    key: str
-    tempos: list  # (beat, quarter notes per minute)
+    voices: list  # (program 0-127, is_drum) of each; in a file a track's notes on one channel and program
     metres: list  # (beat, numerator, denominator)
-    n_bars: int
-    faults: list
-    open_end: bool
+    tempos: list  # (beat, quarter notes per minute)
+    key: str = ""  # this and what follows: of texts only
+    n_bars: int = 0
+    faults: tuple | list = ()
+    open_end: bool = False  # the text stops inside a bar or under a tie
 
 
-# --- MIDI in
+# --- 1. MIDI in
 # Our own reader, since those we know lose music: symusic drops notes that never end (10 % of web files have
 # some), takes a program only from the track of its notes (2.5 % lack one) and refuses files that lack their
-# last byte. A loop over the events costs .4 ms for a file of 3 kB, symusic and its arrays .15.
-
-
-def read_events(data):
-    """Bytes from MThd on -> (ticks per beat, columns track, tick, status, two data bytes; metas).
-
-    A damaged track is left out if it has but texts, else the file is refused: what follows is unknown. The
-    last one is read as far as it goes if the file lacks a tenth of its bytes at most.
-    """
-    ticks_per_beat, at = int.from_bytes(data[12:14]), 8 + int.from_bytes(data[4:8])
-    if not 0 < ticks_per_beat < 0x8000:
-        raise Rejected("bad_header", "no ticks per quarter note")
-    events, metas, counts = [], [], []
-    while data[at:at + 4].isalnum() and at + 8 <= len(data):
-        start, stop = at + 8, at + 8 + int.from_bytes(data[at + 4:at + 8])
-        if stop > len(data) * 1.1:
-            raise Rejected("bad_bytes", "a track is cut off")
-        n_events, n_metas = len(events), len(metas)
-        sound = data[at:at + 4] != b"MTrk" or read_track(data[start:stop], events, metas)
-        if not sound and stop <= len(data):
-            if len(events) > n_events:
-                raise Rejected("bad_bytes", "a track of music is damaged")
-            del metas[n_metas:]
-        counts.append((len(events) - n_events) // 4)
-        at = stop
-    if not counts:
-        raise Rejected("bad_bytes", "no track")
-    tick, status, key, value = np.array(events, int).reshape(-1, 4).T
-    track = np.repeat(np.arange(len(counts)), counts)
-    return ticks_per_beat, (track, tick, status, np.minimum(key, 127), np.minimum(value, 127)), metas
-
-
-def read_track(track, events, metas):
-    """Appends tick, status and two data bytes of each event, and (tick, type, data) of each meta event.
-
-    Returns False if the track is damaged or ends within an event.
-    """
-    at = tick = status = running = 0
-    try:
-        while at < len(track):
-            delta, at = track[at], at + 1
-            if delta > 127:
-                delta, at = read_number(track, at - 1)
-            tick += delta
-            byte = track[at]
-            if byte > 127:
-                running, status, at = status, byte, at + 1
-                byte = track[at]
-            if 0x80 <= status < 0xC0 or 0xE0 <= status < 0xF0:
-                events += tick, status, byte, track[at + 1]
-                at += 2
-            elif 0xC0 <= status < 0xE0:
-                events += tick, status, byte, 0
-                at += 1
-            elif (status, byte) == (0xFF, 0x2F):  # end of track
-                return True
-            elif status in (0xF0, 0xF7, 0xFF):
-                size, start = read_number(track, at + (status == 0xFF))
-                at = start + size
-                if status == 0xFF and at <= len(track):
-                    metas.append((tick, byte, track[start:at]))
-                status = running
-            else:
-                return False
-    except IndexError:
-        return False
-    return at == len(track)
-
-
-def stable_order(keys):
-    """np.argsort(keys, kind="stable") of whole numbers; np.sort is several times as fast."""
-    bits = len(keys).bit_length()
-    if keys.max(initial=0) >> (62 - bits):
-        return np.argsort(keys, kind="stable")
-    return np.sort(keys << bits | np.arange(len(keys))) & (1 << bits) - 1
-
+# last byte.
 
 def read_number(data, at):
     """A number of variable length -> (its last 28 bits, place behind it)."""
@@ -1411,61 +1331,111 @@ def read_number(data, at):
     return (value << 7 | data[at]) & 0xFFFFFFF, at + 1
 
 
-def read_score(source):
-    """Bytes or path of a MIDI file, bare or RIFF-wrapped -> Score. Raises Rejected."""
-    data = bytes(source) if isinstance(source, (bytes, bytearray)) else Path(source).read_bytes()
-    start = data.find(b"MThd")
-    if start < 0:
-        raise Rejected("bad_header", "no MThd chunk")
-    ticks_per_beat, (track, tick, status, key, value), metas = read_events(data[start:])
-    kind, channel = status >> 4, status & 15
-    keys = np.flatnonzero(kind >> 1 == 4)  # 8: released; 9: struck, or released if the velocity is 0
-    strike = ((kind == 9) & (value > 0))[keys]
-    if np.count_nonzero(strike) > MAX_NOTES:
-        raise Rejected("too_many_notes", f"{np.count_nonzero(strike)}")
-    index, end = note_ends((track << 11 | channel << 7 | key)[keys], tick[keys], strike, ticks_per_beat)
-    track, onset, channel, pitch = (column[keys[index]] for column in (track, tick, channel, key))
-    end = np.minimum(end, onset.max(initial=0) + HANG * ticks_per_beat)
-    program = programs_at(channel, onset, kind == 0xC, status & 15, tick, key)
-    sounds, voice = np.unique(track << 11 | channel << 7 | program, return_inverse=True)
-    notes = Notes(voice, onset / ticks_per_beat, (end - onset) / ticks_per_beat, pitch)
-    voices = [(sound & 127, sound >> 7 & 15 == 9) for sound in sounds.tolist()]
-    metas.sort(key=lambda meta: meta[0])
-    metres = [(tick / ticks_per_beat, data[0], 2 ** min(data[1], 9)) for tick, kind, data in metas
-              if kind == 0x58 and len(data) > 1]
-    tempos = [(tick / ticks_per_beat, 6e7 / max(1, int.from_bytes(data))) for tick, kind, data in metas
-              if kind == 0x51 and len(data) == 3]
-    return Score(merge_duplicates(notes), voices, metres, tempos)
+def read_track(track):
+    """Bytes of a track -> (tick, status and two data bytes of each event, all in one list; (tick, type, data)
+    of each meta event; whether it is whole)."""
+    events, metas, at, tick, running = [], [], 0, 0, 0
+    with contextlib.suppress(IndexError):
+        while at < len(track):
+            delta, at = track[at], at + 1
+            if delta > 127:
+                delta, at = read_number(track, at - 1)
+            tick, status = tick + delta, running
+            if track[at] > 127:
+                status, at = track[at], at + 1
+            if 0x80 <= status < 0xF0:
+                running, size = status, 1 if 0xC0 <= status < 0xE0 else 2
+                events += tick, status, track[at], track[at + size - 1]
+                at += size
+            elif status in (0xF0, 0xF7, 0xFF):
+                if status == 0xFF and track[at] == 0x2F:  # end of track
+                    return events, metas, True
+                size, start = read_number(track, at + (status == 0xFF))
+                if status == 0xFF and start + size <= len(track):
+                    metas.append((tick, track[at], track[start:start + size]))
+                at = start + size
+            else:
+                break
+        return events, metas, at == len(track)
+    return events, metas, False
 
 
-def programs_at(channel, onset, is_change, channels, ticks, programs):
-    """The program of each note: a change holds for its channel from then on, in whichever track it stands."""
-    changes = np.flatnonzero(is_change)
-    when = channels[changes] << 40 | ticks[changes]
-    order = np.argsort(when, kind="stable")
-    when, changed = np.append(-1, when[order]), np.append(0, programs[changes[order]])
-    last = np.searchsorted(when, channel << 40 | onset, "right") - 1
-    return np.where((when[last] >> 40 == channel) & (channel != 9), changed[last], 0)
+def read_events(data):
+    """Bytes from MThd on -> (columns track, tick, status, two data bytes; meta events).
+
+    A damaged track is left out if it has but texts, else the file is refused: what follows is unknown. The
+    last one is read as far as it goes if the file lacks a tenth of its bytes at most.
+    """
+    tracks, metas, at = [], [], 8 + int.from_bytes(data[4:8])
+    while data[at:at + 4].isalnum() and at + 8 <= len(data):
+        start, stop = at + 8, at + 8 + int.from_bytes(data[at + 4:at + 8])
+        if stop > len(data) * 1.1:
+            raise Rejected("bad_bytes", "a track is cut off")
+        is_track, at = data[at:at + 4] == b"MTrk", stop
+        events, texts, whole = read_track(data[start:stop]) if is_track else ([], [], True)
+        if events and not whole and stop <= len(data):
+            raise Rejected("bad_bytes", "a track of music is damaged")
+        metas += texts if whole or stop > len(data) else []
+        tracks.append(np.array(events, int).reshape(-1, 4))
+    if not tracks:
+        raise Rejected("bad_bytes", "no track")
+    number = np.repeat(np.arange(len(tracks)), [len(events) for events in tracks])
+    tick, status, key, value = np.concatenate(tracks).T
+    return number, tick, status, np.minimum(key, 127), np.minimum(value, 127), metas
 
 
-def note_ends(group, tick, strike, ticks_per_beat):
+def note_ends(group, tick, strike, beat):
     """Strikes and releases of keys, by track and time -> (place of each strike, tick where its note ends).
 
     One rule for all that follows: a note ends with its release, at the latest where its key is struck again.
     Where it was struck while it sounded, the first release is that of the note before. A note without an end
     lasts a beat.
     """
-    order = stable_order(group)
+    order = np.argsort(group, kind="stable")
     group, tick, strike = group[order], tick[order], strike[order]
     first = np.flatnonzero(strike)
     again = np.append(group[first[1:]] == group[first[:-1]], False)[:len(first)]
-    following = np.append(first[1:], 0)[:len(first)]
-    stop = np.where(again, following, np.searchsorted(group, group[first], "right"))
+    stop = np.searchsorted(group, group[first], "right")
+    stop[:-1] = np.where(again[:-1], first[1:], stop[:-1])
     releases = stop - first - 1
     owed = np.append(False, again[:-1] & (releases[:-1] == 0))[:len(first)]
     released = tick[first + np.minimum(releases, 1 + owed)]
-    struck = np.where(again, tick[np.minimum(stop, len(tick) - 1)], tick[first] + ticks_per_beat)
+    struck = np.where(again, tick[np.minimum(stop, len(tick) - 1)], tick[first] + beat)
     return order[first], np.where(releases > 0, released, struck)
+
+
+def read_score(source):
+    """Bytes or path of a MIDI file, bare or RIFF-wrapped -> Tune. Raises Rejected."""
+    data = bytes(source) if isinstance(source, (bytes, bytearray)) else Path(source).read_bytes()
+    data = data[max(0, data.find(b"MThd")):]
+    beat = int.from_bytes(data[12:14])  # in ticks
+    if data[:4] != b"MThd" or not 0 < beat < 0x8000:
+        raise Rejected("bad_header", "no MThd chunk, or no ticks per quarter note")
+    track, tick, status, key, value, metas = read_events(data)
+    kind, channel = status >> 4, status & 15
+
+    # Program changes hold for their channel from then on, in whichever track they stand; drums have none.
+    change = np.flatnonzero((kind == 0xC) & (channel != 9))
+    change = change[np.lexsort((change, tick[change], channel[change]))]
+    when, programs = np.append(-1, channel[change] << 40 | tick[change]), np.append(0, key[change])
+
+    keys = np.flatnonzero(kind >> 1 == 4)  # 8: released; 9: struck, or released if the velocity is 0
+    strike = ((kind == 9) & (value > 0))[keys]
+    if np.count_nonzero(strike) > MAX_NOTES:
+        raise Rejected("too_many_notes", f"{np.count_nonzero(strike)}")
+    struck, end = note_ends((track << 11 | channel << 7 | key)[keys], tick[keys], strike, beat)
+    track, onset, channel, pitch = (column[keys[struck]] for column in (track, tick, channel, key))
+    end = np.minimum(end, onset.max(initial=0) + HANG * beat)
+    last = np.searchsorted(when, channel << 40 | onset, "right") - 1
+    program = np.where(when[last] >> 40 == channel, programs[last], 0)
+    sounds, voice = np.unique(track << 11 | channel << 7 | program, return_inverse=True)
+    notes = merge_duplicates(Notes(voice, onset / beat, (end - onset) / beat, pitch))
+    voices = [(sound & 127, sound >> 7 & 15 == 9) for sound in sounds.tolist()]
+    metres = [(tick / beat, data[0], 2 ** min(data[1], 9)) for tick, kind, data in metas
+              if kind == 0x58 and len(data) > 1]
+    tempos = [(tick / beat, 6e7 / max(1, int.from_bytes(data))) for tick, kind, data in metas
+              if kind == 0x51 and len(data) == 3]
+    return Tune(notes, voices, metres, tempos)
 
 
 def merge_duplicates(notes):
@@ -1482,8 +1452,7 @@ def run_starts(*columns):
     return np.append(True, differs)[:len(columns[0])]
 
 
-# --- bars and time
-
+# --- 2. bars and time
 
 def is_metre(num, den):
     """Whether a time signature makes sense."""
@@ -1496,30 +1465,29 @@ def bar_lines(changes, end):
     A change inside a bar cuts it there, to 1/8 beat: so notation programs write a pick-up. Bars under 1.5
     beats are believed only where there is one of them: most of POP909 says 1/4 throughout and is in 4/4.
     """
-    at = {round(beat * BEAT): (num, den) for beat, num, den in changes
-          if is_metre(num, den) and beat * BEAT < end}
-    spans = itertools.pairwise([*sorted(at), end])
-    long = {start: 4 * BEAT * num // den for start, (num, den) in at.items()}
-    starts = [start for start, stop in spans if long[start] >= 1.5 * BEAT or stop - start == long[start]]
+    metres = {round(beat * BEAT): (num, den) for beat, num, den in changes
+              if is_metre(num, den) and beat * BEAT < end}
+    starts = []
+    for start, stop in itertools.pairwise([*sorted(metres), end]):
+        num, den = metres[start]
+        if 4 * num / den >= 1.5 or stop - start == 4 * BEAT * num // den:
+            starts.append(start)
     if not starts or starts[0] > BEAT // 8:
-        starts, at[0], long[0] = [0, *starts], (4, 4), 4 * BEAT
-    lines, metres, current = [0], {}, None
-    for start, stop in itertools.pairwise([*starts, end]):
-        while lines[-1] < stop - BEAT // 8 or (stop == end and lines[-1] < end):
-            metre, ticks, left = at[start], long[start], stop - lines[-1]
-            if stop != end and left < ticks - BEAT // 8:
-                eighths = round(left * 8 / BEAT)
-                metre, ticks = simplest_metre(eighths), eighths * BEAT // 8
-            if metre != current:
-                metres[len(lines) - 1] = current = metre
-            lines.append(lines[-1] + ticks)
-    return np.array(lines), metres
+        starts, metres[0] = [0, *starts], (4, 4)
 
-
-def simplest_metre(num, den=32):
-    while num % 2 == 0 and den > 4:
-        num, den = num // 2, den // 2
-    return num, den
+    lines, written = [0], {}
+    for start, stop in itertools.pairwise([*starts, math.inf]):
+        while lines[-1] < min(stop - BEAT // 8, end):
+            num, den = metres[start]
+            left = stop - lines[-1]
+            if left < 4 * BEAT * num // den - BEAT // 8:
+                num, den = round(left / BEAT * 8), 32
+                while num % 2 == 0 and den > 4:
+                    num, den = num // 2, den // 2
+            if [*written.values()][-1:] != [(num, den)]:
+                written[len(lines) - 1] = num, den
+            lines.append(lines[-1] + 4 * BEAT * num // den)
+    return np.array(lines), written
 
 
 def clock(tempos):
@@ -1538,70 +1506,62 @@ def tempo_fields(seconds, bars):
     beats, seconds = (bars / BEAT).tolist(), seconds.tolist()
     fields, tempo, now = {}, 1e-9, 0.0
     for bar in range(len(bars) - 1):
-        mean = 60 * (beats[bar + 1] - beats[bar]) / (seconds[bar + 1] - seconds[bar])
-        after = now + 60 * (beats[bar + 1] - beats[bar]) / tempo
-        if abs(mean / tempo - 1) > 0.03 or abs(after - seconds[bar + 1]) > 0.25:
-            if abs(mean / tempo - 1) <= 0.03:
-                there = min(bar + 16, len(bars) - 1)
-                mean = 60 * (beats[there] - beats[bar]) / max(seconds[there] - now, 1e-3)
-            unit = 4 if mean >= 40 else 8
-            count = max(1, round(mean * unit / 4))
+        length = beats[bar + 1] - beats[bar]
+        mean, wanted = 60 * length / (seconds[bar + 1] - seconds[bar]), None
+        if abs(mean / tempo - 1) > 0.03:
+            wanted = mean
+        elif abs(now + 60 * length / tempo - seconds[bar + 1]) > 0.25:
+            there = min(bar + 16, len(bars) - 1)
+            wanted = 60 * (beats[there] - beats[bar]) / max(seconds[there] - now, 1e-3)
+        if wanted:
+            unit = 4 if wanted >= 40 else 8
+            count = max(1, round(wanted * unit / 4))
             tempo = count * 4 / unit
             fields[bar] = f"[Q:1/{unit}={count}]"
-        now += 60 * (beats[bar + 1] - beats[bar]) / tempo
+        now += 60 * length / tempo
     return fields
 
 
-# --- quantising
-
+# --- 3. ticks on a grid
 
 class Grid(NamedTuple):
     """Where time is cut, in ticks. A beat begins at each bar line and every BEAT ticks after it."""
     step: int
-    bars: np.ndarray  # (bars + 1,) bar lines
     beats: np.ndarray  # (beats + 1,) beginnings of beats, and the last bar line
     triplet: np.ndarray  # (voices, beats + 1) bool: beats on the grid of 1/6
+
+    def steps(self, voice, ticks):
+        """What one step is where a voice is at these ticks."""
+        return np.where(self.triplet[voice, self.beat(ticks)], 8, self.step)
 
     def beat(self, ticks):
         """Number of the beat that a tick is in."""
         return np.searchsorted(self.beats, ticks, "right") - 1
 
-
-def choose_grid(onset, key):
-    """Step in ticks for a file, and whether it has triplets; `onset` ascends within each `key`."""
-    same = key[1:] == key[:-1]
-    merged = [np.count_nonzero(same & (np.diff(np.rint(onset * n)) == 0)) for n in (8, 16)]
-    step = 3 if merged[0] - merged[1] > 0.006 * len(onset) else 6
-    on8, on6 = (np.abs(onset - np.rint(onset * n) / n) < 1 / 200 for n in (8, 6))  # seldom so if performed
-    return step, np.mean(on8 | on6) > 0.9 and 0.01 < np.mean(on6 & ~on8) < 0.7  # more: the beat is elsewhere
+    def quantise(self, voice, ticks):
+        """Ticks with fractions -> ticks on the grid."""
+        beat = self.beat(ticks + self.step / 2)
+        begin, step = self.beats[beat], np.where(self.triplet[voice, beat], 8, self.step)
+        return begin + np.rint((ticks - begin) / step).astype(int) * step
 
 
 def make_grid(notes, bars):
     """Notes by voice, pitch, onset and bar lines -> Grid: triplet beats lie nearer to the grid of 1/6."""
-    step, has_triplets = choose_grid(notes.onset, notes.voice * 128 + notes.pitch)
-    counts = -(-np.diff(bars) // BEAT)
-    first = np.cumsum(counts) - counts
-    beats = np.repeat(bars[:-1] - first * BEAT, counts) + np.arange(counts.sum()) * BEAT
-    beats = np.append(beats, bars[-1])
-    shape = notes.voice.max() + 1, len(beats)
-    grid = Grid(step, bars, beats, np.zeros(shape, bool))
-    if not has_triplets:
-        return grid
+    key = notes.voice * 128 + notes.pitch
+    strokes = [np.count_nonzero(run_starts(key, np.rint(notes.onset * n))) for n in (8, 16)]
+    step = 3 if strokes[1] - strokes[0] > 0.006 * len(key) else 6  # 1/8 beat would merge too many
+    on8, on6 = (np.abs(notes.onset - np.rint(notes.onset * n) / n) < 1 / 200 for n in (8, 6))
+    exact = np.mean(on8 | on6) > 0.9  # seldom so if performed
+    has_triplets = exact and 0.01 < np.mean(on6 & ~on8) < 0.7  # more: the beat is elsewhere
+
+    beats = np.concatenate([*map(np.arange, bars[:-1], bars[1:], itertools.repeat(BEAT)), bars[-1:]])
+    grid = Grid(step, beats, np.zeros((notes.voice.max() + 1, len(beats)), bool))
     ticks = notes.onset * BEAT
     beat = grid.beat(ticks + step / 2)
     off, off6 = (np.abs(ticks - beats[beat] - np.rint((ticks - beats[beat]) / n) * n) for n in (step, 8))
-    gain = np.bincount(notes.voice * shape[1] + beat, off - off6, minlength=shape[0] * shape[1])
-    return grid._replace(triplet=(gain.reshape(shape) > 1 / 2) & (np.diff(beats, append=0) == BEAT))
-
-
-def quantise(ticks, voice, grid):
-    """Ticks with fractions -> ticks on the file's grid, or on that of 1/6 inside triplet beats."""
-    straight = np.rint(ticks / grid.step).astype(int) * grid.step
-    if not grid.triplet.any():
-        return straight
-    beat = grid.beat(ticks + grid.step / 2)
-    start = grid.beats[beat]
-    return np.where(grid.triplet[voice, beat], start + np.rint((ticks - start) / 8).astype(int) * 8, straight)
+    gain = np.zeros(grid.triplet.shape)
+    np.add.at(gain, (notes.voice, beat), off - off6)
+    return grid._replace(triplet=has_triplets & (gain > 1 / 2) & (np.diff(beats, append=0) == BEAT))
 
 
 def snap_ends(voice, start, end, duration):
@@ -1621,104 +1581,104 @@ def snap_ends(voice, start, end, duration):
 
 def grid_notes(notes, grid):
     """Notes by voice, pitch, onset -> (voice, pitch, start, end) in ticks; a pitch never overlaps itself."""
-    key, step = notes.voice * 128 + notes.pitch, grid.step
-    start = quantise(notes.onset * BEAT, notes.voice, grid)
-    if step == 3:  # a second stroke within one step moves to the next, still within 1/8 beat
-        start = start + step * (~run_starts(key, start) & (start % step == 0))
-    end = np.maximum(quantise((notes.onset + notes.duration) * BEAT, notes.voice, grid), start + step)
+    voice, onset, duration, pitch = notes
+    key, start = voice * 128 + pitch, grid.quantise(voice, onset * BEAT)
+    # On the grid of 1/16 a second stroke within one step moves to the next, still within 1/8 beat.
+    start = start + 3 * (~run_starts(key, start) & (grid.steps(voice, start) == 3))
+    end = np.maximum(grid.quantise(voice, (onset + duration) * BEAT), start + grid.steps(voice, start))
     first = np.flatnonzero(run_starts(key, start))  # a stroke per step
-    end, duration = np.maximum.reduceat(end, first), np.maximum.reduceat(notes.duration, first) * BEAT
-    voice, pitch, start, key = notes.voice[first], notes.pitch[first], start[first], key[first]
+    end, duration = (np.maximum.reduceat(column, first) for column in (end, duration * BEAT))
+    voice, pitch, start, key = (column[first] for column in (voice, pitch, start, key))
     end = snap_ends(voice, start, end, duration)
-    if grid.triplet.any():  # start + step may be off 1/6
-        beat = grid.beat(end - 1)
-        begin = grid.beats[beat]
-        end = np.where(grid.triplet[voice, beat], begin - (begin - end) // 8 * 8, end)
     struck = np.append(np.where(np.diff(key) == 0, start[1:], 2**60), 2**60)
     return voice, pitch, start, np.minimum(end, struck)
 
 
-# --- chords and layers
+# --- 4. chords in layers, cut at bar lines
+
+def find_chords(voice, pitch, start, end, n_voices):
+    """Notes in ticks -> the chords (start, end, pitches) of each voice, by start and end."""
+    order = np.lexsort((pitch, end, start, voice))
+    voice, pitch, start, end = (column[order] for column in (voice, pitch, start, end))
+    first, pitch = np.flatnonzero(run_starts(voice, start, end)), pitch.tolist()
+    columns = [column.tolist() for column in (voice[first], start[first], end[first], first)]
+    chords = [[] for _ in range(n_voices)]
+    for voice, start, end, low, high in zip(*columns, [*columns[3][1:], len(pitch)], strict=True):
+        chords[voice].append((start, end, pitch[low:high]))
+    return chords
 
 
-class Chords(NamedTuple):
-    """Notes of a voice with equal start and end, as arrays over the C chords. Sorted by voice and start."""
-    voice: np.ndarray
-    layer: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
-    first: np.ndarray  # place of its first pitch in `pitches`
-    size: np.ndarray
-    pitches: np.ndarray  # (N,)
+def find_layers(chords, most):
+    """The chords of a voice -> its layers, at most so many: lists of chords one after another.
 
-
-def find_chords(notes, most):
-    """Notes (voice, pitch, start, end) in ticks, most layers of each voice -> Chords.
-
-    Of chords that start together those beyond the last layer end with the one in it; where all layers sound,
-    what would end first is cut.
+    A chord takes the layer that has just become silent and keeps it until it ends. Of chords that start
+    together those beyond the last layer end with the one in it; where all sound, what would end first is cut.
     """
-    voice, pitch, start, end = notes
-    span = int(end.max()) + 1
-    packed = (voice * span + start) * span + end
-    order = stable_order(packed)
-    packed, pitches = packed[order], pitch[order]
-    new = run_starts(packed)
-    chord, packed = np.cumsum(new) - 1, packed[new]
-    begin, end = np.divmod(packed, span)
-    voice, start = np.divmod(begin, span)
-    keep = np.arange(len(begin)) - np.searchsorted(begin, begin) < most[voice]
-    chord = np.cumsum(keep)[chord] - 1
-    voice, start, end = voice[keep], start[keep], end[keep]
-    layer, end = assign_layers(voice * span + start, voice * span + end, most[voice])
-    size = np.bincount(chord)
-    if not keep.all():
-        pitches = pitches[stable_order(chord * 128 + pitches)]
-    return Chords(voice, layer, start, end - voice * span, np.cumsum(size) - size, size, pitches)
+    layers, i, before, together = [[]], 0, -1, 0
+    ends, quiet = [], 0  # of the layers used since all were silent, and where they will be so again
+    for start, end, pitches in chords:
+        together = together + 1 if start == before else 1
+        before = start
+        if together > most:
+            layers[i][-1] = (start, layers[i][-1][1], sorted(layers[i][-1][2] + pitches))
+            continue
+        if start >= quiet:
+            i, ends = 0, [end]
+        elif silent := [stop for stop in ends if stop <= start]:
+            i = ends.index(max(silent))
+        elif len(ends) < most:
+            i = len(ends)
+            ends.append(end)
+            layers += [[]] * (i == len(layers))
+        else:
+            _, i = min((ends[i], i) for i in range(most) if layers[i][-1][0] < start)
+            layers[i][-1] = (layers[i][-1][0], start, layers[i][-1][2])
+        ends[i] = end
+        quiet = max(quiet, end)
+        layers[i].append((start, end, pitches))
+    return layers
 
 
-def assign_layers(start, end, most):
-    """Spans by start -> (layer of each, its end): spans that overlap have different layers, most[i] in all.
+def layers_that_fit(chords, drums):
+    """Chords of each voice -> its layers, as many as abc2midi has room for. Drums have one: in abcjs another
+    is no drum."""
+    layers = [find_layers(own, 1 if drum else LAYERS) for own, drum in zip(chords, drums, strict=True)]
+    while sum(map(len, layers)) > MAX_PARTS:
+        i = max(range(len(layers)), key=lambda i: len(layers[i]))
+        layers[i] = find_layers(chords[i], len(layers[i]) - 1)
+    return layers
 
-    A layer that has just become silent is taken first; so a chord keeps its layer until it ends.
+
+def cut_at_bars(layers, bars):
+    """Layers of each voice, bar lines -> {(bar, voice, layer): [(start, end, pitches, whether it is tied)]};
+    the silent layers below are empty.
+
+    Below a bar with fewer layers than a later one has, in whichever voice, abcjs puts silence as long as its
+    notes, and takes triplets for plain notes: bars with triplets get all the layers, if there is room.
     """
-    layer, starts, ends = np.zeros(len(start), int), start.tolist(), end.tolist()
-    heads = np.flatnonzero(np.append(True, start[1:] >= np.maximum.accumulate(end)[:-1]))  # silence before
-    crowded = np.flatnonzero(np.diff(np.append(heads, len(start))) > 1)
-    stops = np.append(heads[1:], len(start))[crowded].tolist()
-    for low, high in zip(heads[crowded].tolist(), stops, strict=True):
-        last, limit, chosen = [], int(most[low]), []  # the last span in each layer
-        for i in range(low, high):
-            now, free, latest = starts[i], -1, -1
-            for k, j in enumerate(last):
-                if latest < ends[j] <= now:
-                    free, latest = k, ends[j]
-            if free < 0 and len(last) < limit:
-                free = len(last)
-                last.append(i)
-            elif free < 0:
-                free = min((ends[j], k) for k, j in enumerate(last) if starts[j] < now)[1]
-                ends[last[free]] = now
-            last[free] = i
-            chosen.append(free)
-        layer[low:high] = chosen
-    return layer, np.array(ends)
+    lines = collections.defaultdict(list)
+    for voice, own in enumerate(layers):
+        for layer, chords in enumerate(own):
+            for start, end, pitches in chords:
+                bar = bisect.bisect(bars, start) - 1
+                while end > bars[bar + 1]:
+                    lines[bar, voice, layer].append((start, bars[bar + 1], pitches, True))
+                    bar, start = bar + 1, bars[bar + 1]
+                lines[bar, voice, layer].append((start, end, pitches, False))
+
+    deepest = max(map(len, layers)) - 1
+    triplets = [key for key, pieces in lines.items() if deepest and any([piece[0] % 3 for piece in pieces])]
+    voices = {voice for _, voice, _ in triplets}
+    if sum(deepest + 1 if voice in voices else len(own) for voice, own in enumerate(layers)) <= MAX_PARTS:
+        for bar, voice, _ in triplets:
+            lines[bar, voice, deepest]
+    for bar, voice, layer in list(lines):
+        for below in range(layer):
+            lines[bar, voice, below]
+    return lines
 
 
-def chords_that_fit(notes, drums):
-    """Chords with as many layers as abc2midi has room for. Drums have one: in abcjs a layer is no drum."""
-    chords = find_chords(notes, np.where(drums, 1, LAYERS))
-    layers = np.zeros(len(drums), int)
-    np.maximum.at(layers, chords.voice, chords.layer + 1)
-    if layers.sum() <= MAX_PARTS:
-        return chords
-    while layers.sum() > MAX_PARTS:
-        layers[layers.argmax()] -= 1
-    return find_chords(notes, layers)
-
-
-# --- writing
-
+# --- 5. text
 
 SCALES = np.array([[(7 * sharps + n) % 12 in NATURAL for n in range(12)] for sharps in range(5, -7, -1)])
 PROFILES = np.array([[np.roll(profile, 7 * sharps + shift) / np.linalg.norm(profile)
@@ -1727,49 +1687,30 @@ PROFILES = np.array([[np.roll(profile, 7 * sharps + shift) / np.linalg.norm(prof
 
 
 def choose_key(pitch):
-    """Pitches -> (index into KEYS of the signature with the fewest accidentals, name of the key)."""
+    """Pitches -> (its sharps, flats negative, so that accidentals are fewest; name of the key)."""
     count = np.bincount(pitch % 12, minlength=12)
     key = int(np.argmax(SCALES @ count - 1e-6 * np.abs(np.arange(12) - 5)))
     major, minor = PROFILES[:, key] @ count
-    return key, (MINOR if minor > major else KEYS)[key]
+    return key - 5, (MINOR if minor > major else KEYS)[key]
 
 
 @functools.cache
-def spelling(key, octave):
-    """All pitches in a key: (128 names, then 128 with marks; letters 0-6; which pitches the key lacks)."""
-    sharps = key - 5
+def spelling(sharps, octave, marked):
+    """How a key writes the pitches 0 to 127, read so many octaves lower, with accidentals at the letters in
+    `marked`: (names, {pitch that the key lacks: its letter})."""
+    names, foreign = {}, {}
     low = min(max(sharps - 3, -8), 1)  # the twelve names in a row on the line of fifths, F flat to B sharp
-    fifths = {7 * fifth % 12: fifth for fifth in range(low, low + 12)}
-    names, marked, foreign = [], [], []
-    for pitch in range(128):
-        fifth = fifths[pitch % 12]
-        alter, letter = (fifth + 1) // 7, LETTERS[4 * fifth % 7]
-        height = (pitch - alter) // 12 - 5 - octave  # 0 = the octave of middle C
-        names.append(letter.lower() + "'" * (height - 1) if height > 0 else letter + "," * -height)
-        marked.append(MARKS[alter] + names[-1])
-        foreign.append(not sharps - 1 <= fifth <= sharps + 5)
-    letters = np.array([4 * fifths[pitch % 12] % 7 for pitch in range(128)])
-    return names + marked, letters, np.array(foreign)
+    for fifth in range(low, low + 12):
+        letter, alter = LETTERS[4 * fifth % 7], (fifth + 1) // 7
+        for pitch in range(7 * fifth % 12, 128, 12):
+            height = (pitch - alter) // 12 - 5 - octave  # 0 = the octave of middle C
+            name = letter.lower() + "'" * (height - 1) if height > 0 else letter + "," * -height
+            names[pitch] = MARKS[alter] + name if letter in marked else name
+            if not sharps - 1 <= fifth <= sharps + 5:
+                foreign[pitch] = letter
+    return [names[pitch] for pitch in range(128)], foreign
 
 
-def name_chords(chords, piece, cell, key, octaves):
-    """Names of pieces of chords: `piece` (P,) chords, `cell` (P,) bars and voices -> P texts.
-
-    A letter is marked throughout a bar that has it foreign to the key.
-    """
-    names, letters, foreign = zip(*(spelling(key, octave) for octave in octaves), strict=True)
-    size = chords.size[piece]
-    stop = np.cumsum(size)
-    place = np.repeat(chords.first[piece] - stop + size, size) + np.arange(size.sum())
-    pitch, voice = chords.pitches[place], np.repeat(chords.voice[piece], size)
-    slot = np.repeat(cell, size) * 7 + letters[0][pitch]
-    marked = (np.bincount(slot, foreign[0][pitch]) > 0)[slot]
-    named = [names[v][p] for v, p in zip(voice.tolist(), (pitch + 128 * marked).tolist(), strict=True)]
-    return [named[j - n] if n == 1 else f"[{''.join(named[j - n:j])}]"
-            for j, n in zip(stop.tolist(), size.tolist(), strict=True)]
-
-
-@functools.lru_cache(maxsize=4096)
 def length_text(ticks, unit):
     """A length as ABC writes it: '' for the unit, '3', '/', '3/', '/4', '3/4'."""
     divisor = math.gcd(ticks, unit)
@@ -1777,217 +1718,170 @@ def length_text(ticks, unit):
     return (str(num) if num > 1 else "") + {1: "", 2: "/"}.get(den, f"/{den}")
 
 
-def choose_unit(lengths):
-    """Lengths in ticks -> n of the L:1/n that writes them shortest."""
-    counts = Counter(lengths.tolist()).items()
-    return min(UNITS, key=lambda unit: sum(n * len(length_text(t, 4 * BEAT // unit)) for t, n in counts))
+def write_layer(pieces, begin, end, names):
+    """Pieces of a layer in a bar, {pitch: name} -> [(chord or rest, length, whether it is tied)]"""
+    notes = []
+    for start, stop, pitches, tied in pieces:
+        if begin < start:
+            notes.append(("z", start - begin, False))
+        chord = "".join([names[pitch] for pitch in pitches])
+        notes.append((f"[{chord}]" if len(pitches) > 1 else chord, stop - start, tied))
+        begin = stop
+    if begin < end:
+        notes.append(("z", end - begin, False))
+    return write_thirds(notes) if any([length % 3 for _, length, _ in notes]) else notes
 
 
-def cut_pieces(item, voice, start, end, grid):
-    """Spans cut at bar lines and at borders of triplet beats entered or left -> (item, start, end)."""
-    pieces, has_triplets = [], grid.triplet.any()
-    while len(item) or not pieces:
-        stop = np.minimum(end, grid.bars[np.searchsorted(grid.bars, start, "right")])
-        if has_triplets:
-            first, last = grid.beat(start), grid.beat(stop - 1)
-            leaves = grid.triplet[voice, first] & (start != grid.beats[first])
-            enters = grid.triplet[voice, last] & (stop != grid.beats[last + 1])
-            border = np.where(leaves, grid.beats[first + 1], grid.beats[last])
-            stop = np.where((leaves | enters) & (start < border) & (border < stop), border, stop)
-            stop = np.where((leaves | enters) & (stop - start == 40), stop - 8, stop)  # no note is 5/6 long
-        pieces.append((item, start, stop))
-        more = stop < end
-        item, voice, start, end = item[more], voice[more], stop[more], end[more]
-    return [np.concatenate(column) for column in zip(*pieces, strict=True)]
+def write_thirds(notes):
+    """The same for a layer with triplets: only thirds of a beat leave the grid of 1/16.
 
-
-def fill_rests(line, start, end, lines, n_voices, grid):
-    """Pieces by line and start, all lines that are to be full -> the rests between (line, start, end)."""
-    bar = lines // LAYERS // n_voices
-    opens, closes = grid.bars[bar], grid.bars[bar + 1]
-    line, start, end = np.append(line, lines), np.append(start, closes), np.append(end, closes)
-    order = stable_order(line * (int(grid.bars[-1]) + 1) + start)
-    line, start, end = line[order], start[order], end[order]
-    begin = np.where(run_starts(line), opens[np.searchsorted(lines, line)], np.append(0, end[:-1]))
-    gap = begin < start
-    return cut_pieces(line[gap], line[gap] // LAYERS % n_voices, begin[gap], start[gap], grid)
-
-
-def write_tuplets(line, start, end, grid):
-    """Pieces by line and start -> (written lengths in ticks, {first piece in a triplet beat: how many})."""
-    off = (start % 3 != 0) | (end % 3 != 0)  # only thirds of a beat leave the grid of 1/16
-    if not off.any():
-        return end - start, {}
-    beat = line * len(grid.beats) + grid.beat(start)
-    inside = np.isin(beat, beat[off]) & (end - start < BEAT)
-    first = np.flatnonzero(inside & run_starts(beat))
-    count = np.searchsorted(beat, beat[first], "right") - first
-    return (np.where(inside, (end - start) * 3 // 2, end - start),
-            dict(zip(first.tolist(), count.tolist(), strict=True)))
-
-
-def lines_to_fill(line, start, end, n_voices):
-    """Pieces by line -> the lines to be filled with rests: all layers below the highest that sounds.
-
-    Below a bar with fewer layers than a later one has, in whichever voice, abcjs puts silence as long as its
-    notes, and takes triplets for plain notes: bars with triplets get all the layers, if there is room.
+    What reaches over the border of a beat with thirds is cut there, and no note is 5/6 long. abcjs takes
+    three notes of a triplet to be equal; where they are not, the longest is written as two tied ones.
     """
-    cells, first = np.unique(line // LAYERS, return_index=True)
-    bar, voice = np.divmod(cells, n_voices)
-    top = np.maximum.reduceat(line % LAYERS, first)
-    triplets = np.maximum.reduceat((start % 3 != 0) | (end % 3 != 0), first)
-    later = np.append(np.maximum.accumulate(top[::-1])[::-1], 0)[np.searchsorted(bar, bar, "right")]
-    padded = np.where(triplets, np.maximum(top, later), top)
-    parts = np.zeros(n_voices, int)
-    np.maximum.at(parts, voice, padded + 1)
-    top = padded if parts.sum() <= MAX_PARTS else top
-    row, layer = np.nonzero(np.arange(LAYERS) <= top[:, None])
-    return cells[row] * LAYERS + layer
+    def split(notes, i, length):
+        chord, whole, tied = notes[i]
+        notes[i:i + 1] = [(chord, length, chord != "z"), (chord, whole - length, tied)]
+
+    ends = list(itertools.accumulate(length for _, length, _ in notes))
+    thirds = {end // BEAT for end in ends if end % 3}
+    borders = sorted({BEAT * (beat + i) for beat in thirds for i in (0, 1)})
+    beats, now = collections.defaultdict(list), 0
+    for note, end in zip(notes, ends, strict=True):
+        parts = [note]
+        for border in borders:
+            if now < border < end:
+                split(parts, len(parts) - 1, border - now)
+                beats[now // BEAT].append(parts[-2])
+                now = border
+        beats[now // BEAT].append(parts[-1])
+        now = end
+
+    for beat in thirds:
+        notes = beats[beat]
+        for i, (_, length, _) in enumerate(notes):
+            if length == 40:
+                split(notes, i, 32)
+        lengths = [length for _, length, _ in notes]
+        if len(notes) == 3 and len(set(lengths)) > 1:
+            split(notes, lengths.index(max(lengths)), max(lengths) // 2)
+        beats[beat] = [(chord, length * 3 // 2, tied) for chord, length, tied in notes]
+        mark = "(3" if len(notes) == 3 else f"(3::{len(notes)}"
+        beats[beat][0] = (mark + beats[beat][0][0], *beats[beat][0][1:])
+    return list(itertools.chain(*beats.values()))
 
 
-def write_cells(chords, grid, key, octaves):
-    """Chords -> (n of L:1/n, {(bar, voice): texts of its layers})."""
-    n_voices, width = len(octaves), int(grid.bars[-1]) + 1
-    piece, start, end = cut_pieces(np.arange(len(chords.start)), chords.voice, chords.start, chords.end, grid)
-    bar = np.searchsorted(grid.bars, start, "right") - 1
-    line = (bar * n_voices + chords.voice[piece]) * LAYERS + chords.layer[piece]
-    order = stable_order(line * width + start)
-    piece, start, end, line = piece[order], start[order], end[order], line[order]
-    texts = name_chords(chords, piece, line // LAYERS, key, octaves)
-    tied = chords.end[piece] > end
-    rest, low, high = fill_rests(line, start, end, lines_to_fill(line, start, end, n_voices), n_voices, grid)
-    line, start, end = np.append(line, rest), np.append(start, low), np.append(end, high)
-    order = stable_order(line * width + start)
-    line, item = line[order], np.minimum(order, len(texts))  # all rests have one text, the last
-    length, tuplets = write_tuplets(line, start[order], end[order], grid)
-    unit = choose_unit(length)
-    tokens = write_pieces([*texts, "z"], np.append(tied, False), item, length, tuplets, 4 * BEAT // unit)
-    heads = np.flatnonzero(run_starts(line)).tolist()
-    music = {}
-    for number, i, j in zip((line[heads] // LAYERS).tolist(), heads, [*heads[1:], len(tokens)], strict=True):
-        music.setdefault(divmod(number, n_voices), []).append("".join(tokens[i:j]))
-    return unit, music
+def write_layers(lines, octaves, sharps, bars):
+    """{(bar, voice, layer): pieces} -> the same with what write_layer makes of them. A letter that is foreign
+    to the key anywhere in a bar of a voice is marked throughout it."""
+    _, foreign = spelling(sharps, 0, "")
+    marked, strange = collections.defaultdict(set), set(foreign)
+    for (bar, voice, _), pieces in lines.items():
+        pitches = itertools.chain(*[pitches for _, _, pitches, _ in pieces])
+        marked[bar, voice].update([foreign[pitch] for pitch in strange.intersection(pitches)])
+    written = {}
+    for (bar, voice, layer), pieces in lines.items():
+        names, _ = spelling(sharps, octaves[voice], "".join(sorted(marked[bar, voice])))
+        written[bar, voice, layer] = write_layer(pieces, bars[bar], bars[bar + 1], names)
+    return written
 
 
-def write_pieces(texts, tied, item, length, tuplets, unit):
-    """The text of each piece with its length, tie and tuplet. abcjs takes three notes of a triplet to be
-    equal; where they are not, the longest is written as two tied ones.
-    """
-    tokens = [texts[i] + length_text(ticks, unit)
-              for i, ticks in zip(item.tolist(), length.tolist(), strict=True)]
-    for i in np.flatnonzero(tied[item]).tolist():
-        tokens[i] += "-"
-    for i, count in tuplets.items():
-        if count == 3 and len(set(length[i:i + 3].tolist())) > 1:
-            longest, count = i + int(length[i:i + 3].argmax()), 4
-            text = texts[item[longest]]
-            half = text + length_text(int(length[longest]) // 2, unit)
-            tokens[longest] = f"{half}{'-' * (text != 'z')}{half}{'-' * bool(tied[item[longest]])}"
-        tokens[i] = ("(3" if count == 3 else f"(3::{count}") + tokens[i]
-    return tokens
+def choose_unit(lines):
+    """What write_layers leaves -> n of the L:1/n that writes its lengths shortest, {length: its text}."""
+    counts = Counter([length for notes in lines.values() for _, length, _ in notes])
+    texts = {n: {length: length_text(length, 4 * BEAT // n) for length in counts} for n in UNITS}
+    unit = min(UNITS, key=lambda n: sum(counts[length] * len(text) for length, text in texts[n].items()))
+    return unit, texts[unit]
 
 
-def write_lines(music, n_voices, metres, tempos, bars, unit):
-    """{(bar, voice): layers} -> lines, one for a bar, or several silent ones, of all voices.
+def write_bars(lines, n_voices, metres, tempos, bars, unit, sizes):
+    """What write_layers leaves -> lines of text, one for a bar, or several silent ones, of all voices.
 
     [M:] stands in every voice and in a layer that next sounds, [Q:] in the first voice. In abcjs a Z after a
-    change of metre has the old length, so there a silent voice has a rest.
+    change of metre has the old length, so there a silent voice has a rest; and a rest of four beats lasts a
+    bar by the metre of the header, if that is shorter.
     """
     tags = [f"[V:{voice + 1}]" for voice in range(n_voices)] if n_voices > 1 else [""]
-    lines, due, known = [], 0, {}
-    now = first = "[M:{}/{}]".format(*metres[0])
-    last = len(bars) - 1
-    for bar in [*sorted({bar for bar, _ in music} | metres.keys() | tempos.keys()), last]:
+    texts, due, metre, known = [], 0, metres[0], {}  # known: the metre of each layer
+    for bar in [*sorted({bar for bar, *_ in lines} | metres.keys() | tempos.keys()), len(bars) - 1]:
         if bar > due:
             silence = f"Z{bar - due}|" if bar - due > 1 else "Z|"
-            lines.append("".join(tag + silence for tag in tags))
-        if bar == last:
+            texts.append("".join(tag + silence for tag in tags))
+        if bar == len(bars) - 1:
             break
-        change = bar > 0 and bar in metres
-        now = "[M:{}/{}]".format(*metres[bar]) if change else now
-        rest = "z" + length_text(int(bars[bar + 1] - bars[bar]), unit) if change else "Z"
-        cells = []
+        text, metre, due = "", metres.get(bar, metre), bar + 1
+        length = bars[bar + 1] - bars[bar]
+        silence = "z" + length_text(length, 4 * BEAT // unit) if bar and bar in metres else "Z"
         for voice, tag in enumerate(tags):
-            layers = music.get((bar, voice), [rest])
-            for layer in range(1, len(layers)):
-                if known.get((voice, layer), first) != now:
-                    layers[layer] = now + layers[layer]
-                known[voice, layer] = now
-            fields = now * change + tempos.get(bar, "") * (bar > 0 and voice == 0)
-            cells.append(f"{tag}{fields}{'&'.join(layers)}|")
-        lines.append("".join(cells))
-        due = bar + 1
-    if metres[0][0] >= metres[0][1]:
-        return lines
-    # To abcjs a rest of four beats lasts a bar by the metre of the header, if that is shorter.
-    semibreve, minim = (length_text(ticks, unit) for ticks in (4 * BEAT, 2 * BEAT))
-    pattern = re.compile(rf"z{semibreve}(?![/\d])")
-    return [pattern.sub(f"z{minim}z{minim}", line) for line in lines]
+            layer = 0
+            while layer == 0 or (bar, voice, layer) in lines:
+                text += "&" if layer else tag
+                if known.get((voice, layer), metres[0]) != metre:
+                    text += metre
+                known[voice, layer] = metre
+                if voice == layer == 0:
+                    text += tempos.get(bar, "")
+                text += "".join([chord + sizes[length] + "-" * tied for chord, length, tied
+                                 in lines.get((bar, voice, layer), [])]) or silence
+                layer += 1
+            text += "|"
+        texts.append(text)
+    if bars[1] >= 4 * BEAT:
+        return texts
+    semibreve, minim = (length_text(length, 4 * BEAT // unit) for length in (4 * BEAT, 2 * BEAT))
+    return [re.sub(rf"z{semibreve}(?![/\d])", f"z{minim}z{minim}", text) for text in texts]
 
 
-def program_channels(voices):
-    """A MIDI channel, from 1, for each program; the tenth is for drums, those beyond 15 share the last."""
-    programs = sorted({program for program, drum in voices if not drum})
-    return {program: min(1 + i + (i > 8), 16) for i, program in enumerate(programs)}
-
-
-def choose_channels(voices, layers):
-    """The channel that each voice has to say, or None.
+def write_header(voices, parts, octaves, metre, tempo, unit, key, has_chords):
+    """The lines before the music; `parts`: each voice and layer. What differs between voices stands below V:.
 
     In abc2midi each voice and each layer takes a channel of its own, and a layer has no program on it; one
     that is said holds for the layers too. So voices of one program share a channel where there would be more
     than 15, or where a voice with a program has layers.
     """
-    channel = program_channels(voices)
-    loses_sound = any(program and n > 1 for (program, _), n in zip(voices, layers, strict=True))
-    if sum(layers) <= 15 and not loses_sound:
-        channel = {}
-    return [10 if drum else channel.get(program) for program, drum in voices]
-
-
-def write_header(voices, layers, octaves, metre, tempo, unit, key, has_chords):
-    """The lines before the music. What differs between voices stands below their V: fields."""
-    lines = ["X:1", f"L:1/{unit}", "M:{}/{}".format(*metre), tempo.strip("[]")]
+    loses_sound = any(layer and voices[voice][0] for voice, layer in parts)
+    programs = sorted({program for program, drum in voices if not drum})
+    channels = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15] + [16] * len(programs)  # 10: drums
+    channels = dict(zip(programs, channels, strict=False)) if len(parts) > 15 or loses_sound else {}
+    lines = ["X:1", f"L:1/{unit}", metre.strip("[]"), tempo.strip("[]")]
     lines += ["%%MIDI chordattack 0"] * has_chords + [f"K:{key}"]
-    channels = choose_channels(voices, layers)
-    for i, (program, _) in enumerate(voices):
+    for i, (program, drum) in enumerate(voices):
         if len(voices) > 1 or octaves[i]:
             lines.append(f"V:{i + 1}" + (f" octave={octaves[i]}" if octaves[i] else ""))
-        if channels[i]:
-            lines.append(f"%%MIDI channel {channels[i]}")
+        if drum or program in channels:
+            lines.append(f"%%MIDI channel {10 if drum else channels[program]}")
         if program:  # without it players take 0, the piano
             lines.append(f"%%MIDI program {program}")
     return lines
 
 
 def score_to_abc(score, cfg):
-    """Score -> dict(abc, n_bars, seconds). Raises Rejected."""
-    notes, voices, metres, tempos = score
+    """Tune of a MIDI file -> dict(abc, n_bars, seconds). Raises Rejected."""
+    notes, voices, metres, tempos, *_ = score
     time = clock(tempos)
     check_notes(notes, time, cfg)
     bars, metres = bar_lines(metres, int(((notes.onset + notes.duration).max() + 1) * BEAT))
     if len(voices) > MAX_PARTS or len(voices) * len(bars) > MAX_CELLS:
         raise Rejected("too_many_voices", f"{len(voices)}")
-    grid = make_grid(notes, bars)
-    on_grid = grid_notes(notes, grid)
+
     drums = np.array([drum for _, drum in voices])
-    chords = chords_that_fit(on_grid, drums)
-    key, key_name = choose_key(notes.pitch[~drums[notes.voice]])
-    middle = np.bincount(on_grid[0], on_grid[1]) / np.bincount(on_grid[0])
-    octaves = np.rint((middle - 71.5) / 12).astype(int).tolist()  # C ... b need no octave marks
-    n_bars = int(np.searchsorted(bars, chords.end.max()))
+    on_grid = voice, pitch, *_ = grid_notes(notes, make_grid(notes, bars))
+    layers = layers_that_fit(find_chords(*on_grid, len(voices)), drums)
+    end = max(chords[-1][1] for own in layers for chords in own)
+    n_bars = int(np.searchsorted(bars, end))
     bars = bars[:n_bars + 1]
-    unit, music = write_cells(chords, grid, key, octaves)
     seconds = np.interp(bars / BEAT, *time)
-    fields = tempo_fields(seconds, bars)
-    metres = {bar: metre for bar, metre in metres.items() if bar < n_bars}
-    layers = [1] * len(voices)
-    for (_, voice), lines in music.items():
-        layers[voice] = max(layers[voice], len(lines))
-    has_chords = bool((chords.size > 1).any())
-    lines = write_header(voices, layers, octaves, metres[0], fields[0], unit, key_name, has_chords)
-    lines += write_lines(music, len(voices), metres, fields, bars, 4 * BEAT // unit)
-    abc = "\n".join(lines) + "\n"
+    tempos = tempo_fields(seconds, bars)
+    metres = {bar: "[M:{}/{}]".format(*metre) for bar, metre in metres.items() if bar < n_bars}
+    sharps, key = choose_key(notes.pitch[~drums[notes.voice]])
+    octaves = np.rint((np.bincount(voice, pitch) / np.bincount(voice) - 71.5) / 12).astype(int).tolist()
+
+    bars = bars.tolist()
+    lines = write_layers(cut_at_bars(layers, bars), octaves, sharps, bars)
+    (unit, sizes), parts = choose_unit(lines), {(voice, layer) for _, voice, layer in lines}
+    has_chords = any(len(pitches) > 1 for own in layers for chords in own for *_, pitches in chords)
+    texts = write_header(voices, parts, octaves, metres[0], tempos.pop(0), unit, key, has_chords)
+    texts += write_bars(lines, len(voices), metres, tempos, bars, unit, sizes)
+    abc = "\n".join(texts) + "\n"
     if len(abc) > cfg.MAX_ABC_CHARS:
         raise Rejected("too_many_chars", f"{len(abc)}")
     return {"abc": abc, "n_bars": n_bars, "seconds": float(seconds[-1])}
@@ -2006,8 +1900,7 @@ def check_notes(notes, time, cfg):
 
 def density(times):
     """Mean number of notes in the beats, or seconds, in which any begin."""
-    counts = np.bincount(times.astype(int))
-    return counts[counts > 0].mean()
+    return np.unique(times.astype(int), return_counts=True)[1].mean()
 
 
 def midi_to_abc(source, cfg):
@@ -2015,38 +1908,25 @@ def midi_to_abc(source, cfg):
     return score_to_abc(read_score(source), cfg)["abc"]
 
 
-# --- two forms of a text: complete lines for people and programs, shorter ones for training
-
-SILENT = re.compile(r"\[V:\d+\]Z\d*\|")
-
-
-def shorten_lines(text):
-    """Leaves out the voices that are silent in a line, all but one where all are: 1 to 10 % shorter."""
-    def shorten(line):
-        return SILENT.sub("", line[0]) or SILENT.match(line[0])[0]
-    return re.sub(r"^\[V:.*", shorten, text, flags=re.M)
-
-
 def complete_lines(text):
-    """Puts back what shorten_lines left out, so that each line has all voices; the rest stays."""
+    """A text with all voices in each line, since to abcjs a voice is its place there: those that a model left
+    out are silent."""
     tags = [f"[V:{name}]" for name in re.findall(r"^V:(\w+)", text, re.M)]
 
     def complete(line):
-        cells = re.split(r"(?=\[V:)", line[0])[1:]
-        silence = re.search(r"\](Z\d*\|)$", cells[0])
-        there = {re.match(r"\[V:\w*", cell)[0] + "]" for cell in cells}
-        cells += [tag + (silence[1] if silence else "Z|") for tag in tags if tag not in there]
-        order = {tag: i for i, tag in enumerate(tags)}
-        return "".join(sorted(cells, key=lambda cell: order.get(cell[:cell.find("]") + 1], len(tags))))
+        cells = collections.defaultdict(str)
+        for cell in re.split(r"(?=\[V:)", line[0])[1:]:
+            cells[cell[:cell.find("]") + 1]] += cell
+        silence = re.match(r"\[V:\w+\](Z\d*\|)(?=\[|$)", line[0])
+        full = [cells.pop(tag, tag + (silence[1] if silence else "Z|")) for tag in tags]
+        return "".join([*full, *cells.values()])
     return re.sub(r"^\[V:.*", complete, text, flags=re.M)
 
 
-# --- reading ABC back
+# --- 6. ABC back to notes
 
-TOKEN = re.compile(r"\[([A-Za-z]):([^]]*)\]"  # field
-                   r"|(\[[^]|&]*\]?|[_^=]{0,2}[A-Ga-g][,']*|z)(\d*/*\d*)(-?)"  # note or rest, length, tie
-                   r"|([|&])|\((\d)(:\d*)?(?::(\d*))?"  # end of a bar or layer; (p:q:r
-                   r"|(Z\d*)|\S")  # silent bars; anything else
+TOKEN = re.compile(r"(\[(?!\w:)[^]]*\]?|[_^=]{0,2}[A-Ga-g][,']*|z)(\d*/*\d*)(-?)"  # note, length, tie
+                   r"|(\[\w:[^]]*\]|\(3(?:::\d)?|Z\d*|\S)")  # field, tuplet, silent bars, or what is wrong
 NOTE = re.compile(r"([_^=]{0,2})([A-Ga-g])([,']*)")
 SHARPS = {name: i - 5 for names in (KEYS, MINOR) for i, name in enumerate(names)}  # flats negative
 
@@ -2079,15 +1959,16 @@ def chord_pitches(text, sharps, octave):
 class Reader:
     """Reads our notation line by line: what it can't read it skips and lists in `faults`.
 
-    A line is a bar of each voice in it, or several silent ones; its notes are placed there whatever went
-    wrong before. `rows` has the notes as lists: voice, onset and duration in beats, pitch.
+    A line is a bar of each voice, or several; its notes are placed there whatever went wrong before. `rows`
+    has the notes as lists: voice, onset and duration in beats, pitch.
     """
 
     def __init__(self):
         self.unit, self.metre, self.key, self.sharps = 0.5, 4.0, "", 0
         self.voices, self.name = {}, "1"
         self.line, self.bar, self.clock = 0, 0, 0.0  # bar and beat where the line begins
-        self.ties = {}  # (voice, layer): (beat where the tied chord ends, its rows, where it is a fault)
+        self.here = 0  # bar that is being read
+        self.ties = {}  # (voice, layer): (end of a tied chord, its pitches, its rows, fault if it ends)
         self.open_bar = False  # the last line stopped inside a bar
         self.rows, self.faults, self.tempos, self.metres = [], [], [], []
 
@@ -2099,20 +1980,15 @@ class Reader:
 
     @property
     def voice(self):
-        """The current voice, made when it is new. Its bar, number `bars` of the line, began at beat `start`
-        and is read up to `now`; `span`: it stands for so many silent bars."""
+        """The current voice, made when it is new."""
         if self.name not in self.voices:
             self.voices[self.name] = SimpleNamespace(
-                index=len(self.voices), octave=0, program=0, drum=False, metre=self.metre, layer=0, bars=0,
-                span=1, start=self.clock, now=self.clock, closed=True)
+                index=len(self.voices), octave=0, program=0, drum=False, metre=self.metre)
         return self.voices[self.name]
-
-    def place(self, reason):
-        return Fault(self.line, self.bar + self.voice.bars, self.name, reason)
 
     def fault(self, reason, wrong=True):
         if wrong:
-            self.faults.append(self.place(reason))
+            self.faults.append(Fault(self.line, self.here, self.name, reason))
 
     def read_line(self, line):
         self.line += 1
@@ -2122,151 +1998,112 @@ class Reader:
         elif words[:3] == ["%%MIDI", "channel", "10"]:
             self.voice.drum = True
         elif re.match(r"[A-Za-z]:(?![|:])", line):
-            self.read_field(line[0], line[2:].strip())
+            self.read_field(line[0], line[2:].strip(), self.clock)
         elif words and line[0] != "%":
             self.read_music(line)
 
-    def read_field(self, letter, value):
-        """A field of the header."""
-        if letter == "L":
-            num, _, den = value.partition("/")
-            self.fault("bad_field", not whole(num, 0) or not whole(den, 0))
-            self.unit = 4 * max(1, whole(num)) / max(1, whole(den))
-        elif letter == "M":
-            self.read_metre(value, True)
-        elif letter == "Q":
-            self.read_tempo(value)
-        elif letter == "K":
-            self.fault("bad_field", value not in SHARPS)
-            self.key, self.sharps = value, SHARPS.get(value, 0)
-        elif letter == "V":
+    def read_field(self, letter, value, beat):
+        """A field of the current voice, in the header or at a beat in the music. Metres and tempos are those
+        of the first voice; the others have to agree."""
+        numbers = [whole(number, 0) for number in re.split("[/=]", value)]
+        if letter == "V":
             self.name = (value.split() or [self.name])[0]
             octave = re.search(r"octave=(-?\d)", value)
             self.voice.octave = int(octave[1]) if octave else self.voice.octave
-
-    def read_metre(self, value, common):
-        """M: of a voice; `common` also holds for the line, with which the other voices must agree."""
-        num, _, den = value.partition("/")
-        num, den = whole(num, 0), whole(den, 0)
-        self.fault("bad_field", not is_metre(num, den))
-        if is_metre(num, den):
-            self.voice.metre = 4 * num / den
-            if common:
+        elif letter == "K" and value in SHARPS:
+            self.key, self.sharps = value, SHARPS[value]
+        elif letter == "L" and len(numbers) == 2 and all(numbers):
+            self.unit = 4 * numbers[0] / numbers[1]
+        elif letter == "M" and len(numbers) == 2 and is_metre(*numbers):
+            self.voice.metre = 4 * numbers[0] / numbers[1]
+            if not self.voice.index and [*numbers] != [*self.metres[-1:][1:]]:
                 self.metre = self.voice.metre
-                self.metres.append((self.clock, num, den))
-
-    def read_tempo(self, value):
-        found = re.fullmatch(r"(\d+)/(\d+)=(\d+)", value)
-        num, den, count = (whole(x, 0) for x in found.groups()) if found else (0, 0, 0)
-        self.fault("bad_field", not num * den * count)
-        if num * den * count:
-            self.tempos.append((self.clock, min(max(4 * num / den * count, 0.5), 6000)))
-
-    def begin_cell(self, there):
-        """A voice begins its bar of the line; a second one in the same line if a line break was lost."""
-        voice = self.voice
-        if self.name not in there:
-            there.append(self.name)
-            voice.bars, voice.start, voice.now = 0, self.clock, self.clock
-            voice.layer, voice.span, voice.closed = 0, 1, False
-        return voice
+                self.metres.append((beat, *numbers))
+        elif letter == "Q" and len(numbers) == 3 and all(numbers):
+            num, den, count = numbers
+            self.tempos.append((beat, min(max(4 * num / den * count, 0.5), 6000)))
+        elif letter in "KLMQ":
+            self.fault("bad_field")
 
     def read_music(self, line):
-        """A line of music: a bar of each voice in it."""
-        there, left = [], 0  # voices of the line; notes to come in a tuplet
-        if not re.match(r"\[V:[^]]*\]", line):
-            voice = self.begin_cell(there)
-        for letter, value, text, length, tie, end, p, q, r, silent in TOKEN.findall(line):
-            if text:
-                beats = self.unit * length_value(length) * (2 / 3 if left > 0 else 1)
+        """All voices of a line have the same number of bars; the next one begins where most of them end."""
+        first, *cells = re.split(r"\[V:([^]]*)\]", line)
+        if first.strip():
+            cells = [self.name, first, *cells]
+        ends = {}  # of each voice: how many bars it has, where they end
+        self.open_bar = False
+        for name, cell in zip(cells[::2], cells[1::2], strict=True):
+            self.name = name.strip() or self.name
+            ends[self.name] = self.read_cell(cell, *ends.get(self.name, (0, self.clock)))
+        bars, clock = statistics.mode(ends.values())
+        for self.name, end in ends.items():
+            self.fault("silent_bars", end[0] != bars)
+        self.here = self.bar = self.bar + bars
+        self.clock, self.name = clock, next(iter(ends))
+
+    def read_cell(self, cell, bars, start):
+        """The bars of the current voice in a line -> (their number, where they end); before they were `bars`
+        and ended at `start`."""
+        voice = self.voice
+        *closed, rest = cell.rstrip().split("|")
+        self.fault("no_bar_line", rest or not closed)
+        self.open_bar |= bool(rest) or not closed
+        for text in closed + [rest] * bool(rest):
+            self.here = self.bar + bars
+            n_bars = 1
+            for layer, part in enumerate(text.split("&")):
+                n_bars = max(n_bars, self.read_layer(voice, layer, part, start))
+            self.fault("metre", voice.metre != self.metre)
+            for key, (until, *_, fault) in list(self.ties.items()):
+                if key[0] == voice.index and until < start + 1e-4:  # it had to go on in this bar
+                    self.faults.append(fault)
+                    del self.ties[key]
+            bars, start = bars + n_bars, start + n_bars * voice.metre
+        return bars, start
+
+    def read_layer(self, voice, layer, text, start):
+        """A layer of a bar, or of several silent ones; returns how many. It must fill them; what hangs over
+        is cut off."""
+        now, left, n_bars = start, 0, 1  # left: notes to come in a tuplet
+        for chord, length, tie, other in TOKEN.findall(text):
+            if chord:
+                begin, now = now, now + self.unit * length_value(length) * (2 / 3 if left > 0 else 1)
                 left -= 1
-                self.add(voice, text, beats, tie)
-            elif end:
-                self.fault("open_tuplet", left > 0)
-                left = 0
-                self.end_layer(voice, end)
-            elif letter == "V":
-                self.fault("open_tuplet", left > 0)
-                left, self.name = 0, value.strip() or self.name
-                voice = self.begin_cell(there)
-            elif p:
-                left = whole(r, 0) or whole(p)
-                self.fault("bad_tuplet", p != "3" or q not in ("", ":"))
-            elif letter == "M":
-                self.read_metre(value, self.name == there[0] and not voice.layer and not voice.bars)
-            elif letter == "Q" and voice.index == 0:
-                self.read_tempo(value)
-            elif silent:
-                voice.span = whole(silent[1:])
-                voice.now += voice.span * voice.metre
+                if chord != "z" or self.ties:
+                    self.add(voice, layer, chord, begin, min(now, start + voice.metre), tie)
+            elif other[:2] == "(3":
+                left = whole(other[4:], 3)
+            elif other[0] == "Z":
+                n_bars = whole(other[1:])
+                now += n_bars * voice.metre
+            elif other[:3] == "[M:" or (other[:3] == "[Q:" and not voice.index):
+                self.read_field(other[1], other[3:-1], now)
             else:
                 self.fault("bad_char")
         self.fault("open_tuplet", left > 0)
-        self.end_line(there)
+        self.fault("bar_length", abs(start + n_bars * voice.metre - now) > 1e-6)
+        return n_bars
 
-    def add(self, voice, text, beats, tie):
-        """A chord, note or rest of so many beats; what hangs over the bar line is cut off."""
-        if text[0] == "[" and text[-1] != "]":
+    def add(self, voice, layer, chord, begin, end, tie):
+        """A chord, note or rest: new rows, or those of a tied one with the same pitches, which go on."""
+        if chord[0] == "[" and chord[-1] != "]":
             self.fault("open_bracket")
-        now, layer = voice.now, (voice.index, voice.layer)
-        end = min(now + beats, voice.start + voice.metre)
-        pitches = chord_pitches(text, self.sharps, voice.octave)
-        tied = {}
-        if layer in self.ties:
-            until, rows, at = self.ties.pop(layer)
-            tied = {row[3]: row for row in rows} if abs(until - now) < 1e-4 else {}
-            if tied.keys() != set(pitches):
-                self.faults.append(at)
-        if end > now + 1e-6:
-            rows = []
-            for pitch in pitches:
-                row = tied.get(pitch)
-                if row:
-                    row[2] = end - row[1]
-                else:
-                    row = [voice.index, now, end - now, pitch]
-                    self.rows.append(row)
-                rows.append(row)
-            if tie:
-                self.ties[layer] = (end, rows, self.place("open_tie"))
-        voice.now += beats
-        voice.closed = False
-
-    def end_layer(self, voice, end):
-        """At & or |: a layer must fill its bar. A bar line that comes too early does not end the bar."""
-        missing = voice.start + voice.span * voice.metre - voice.now
-        self.fault("bar_length", abs(missing) > 1e-6)
-        if end == "&":
-            voice.layer, voice.now = voice.layer + 1, voice.start
+        pitches, rows = chord_pitches(chord, self.sharps, voice.octave), []
+        if (voice.index, layer) in self.ties:
+            until, tied, rows, fault = self.ties.pop((voice.index, layer))
+            if abs(until - begin) > 1e-4 or tied != pitches:
+                self.faults.append(fault)
+                rows = []
+        if end < begin + 1e-6:
             return
-        self.fault("metre", voice.metre != self.metre)
-        voice.closed = True
-        if missing <= 1e-6:
-            self.end_bar(voice)
-
-    def end_bar(self, voice):
-        """A tie that was open when the bar began has to go on in it."""
-        for layer in [layer for layer in self.ties if layer[0] == voice.index]:
-            if self.ties[layer][0] < voice.start + 1e-4:
-                self.faults.append(self.ties.pop(layer)[2])
-        voice.start += voice.span * voice.metre
-        voice.bars += voice.span
-        voice.now, voice.layer, voice.span = voice.start, 0, 1
-
-    def end_line(self, there):
-        """All voices of a line have the same number of bars; the next one begins where most of them end."""
-        self.open_bar = False
-        for self.name in there:
-            voice = self.voice
-            self.fault("no_bar_line", not voice.closed)
-            self.open_bar |= not voice.closed
-            if voice.now > voice.start or not voice.bars:
-                self.end_bar(voice)
-        bars, clock = statistics.mode((self.voices[name].bars, self.voices[name].start) for name in there)
-        for self.name in there:
-            wrong, self.voice.bars = self.voice.bars != bars, 0
-            self.fault("silent_bars", wrong)
-        self.bar, self.clock, self.name = self.bar + bars, clock, there[0]
+        for row in rows:
+            row[2] = end - row[1]
+        if not rows:
+            rows = [[voice.index, begin, end - begin, pitch] for pitch in pitches]
+            self.rows += rows
+        if tie:
+            fault = Fault(self.line, self.here, self.name, "open_tie")
+            self.ties[voice.index, layer] = end, pitches, rows, fault
 
 
 def read_abc(text):
@@ -2274,7 +2111,7 @@ def read_abc(text):
     reader = Reader()
     for line in text.splitlines():
         reader.read_line(line)
-    faults = reader.faults + [at for _, _, at in reader.ties.values()]
+    faults = reader.faults + [fault for *_, fault in reader.ties.values()]
     if not reader.key:
         faults.append(Fault(0, 0, "", "no_header"))
     table = np.array(reader.rows, float).reshape(-1, 4)
@@ -2282,73 +2119,56 @@ def read_abc(text):
     voice, onset, duration, pitch = table[np.lexsort((table[:, 3], table[:, 1], table[:, 0]))].T
     notes = Notes(voice.astype(int), onset, np.minimum(duration, MAX_BEATS - onset), pitch.astype(int))
     voices = [(voice.program, voice.drum) for voice in reader.voices.values()]
-    return Tune(notes, voices, reader.key, reader.tempos, reader.metres, reader.bar, faults,
+    return Tune(notes, voices, reader.metres, reader.tempos, reader.key, reader.bar, faults,
                 reader.open_bar or bool(reader.ties))
 
 
 def abc_to_midi(text):
-    """ABC text -> bytes of a Standard MIDI File, one track per voice. Never raises on any string.
+    """ABC text -> bytes of a Standard MIDI File, a track per voice. Never raises on any string.
 
-    Our own writing, since symusic writes part 16 on channel 1, where its program is that of part 1 as well.
+    symusic writes a 16th part on channel 1, where its program is that of part 1 as well: so of more than 15
+    voices those of one program share a track.
     """
-    tune = read_abc(text)
-    fields = [(beat, b"\xff\x51\3" + min(round(6e7 / qpm), 2**24 - 1).to_bytes(3))
-              for beat, qpm in tune.tempos or [(0, 120)]]
-    fields += [(beat, bytes([0xFF, 0x58, 4, num, UNITS.index(den), 24, 8]))
-               for beat, num, den in tune.metres or [(0, 4, 4)]]
-    tracks, channels = [track_bytes(fields)], program_channels(tune.voices)
-    for index, (program, drum) in enumerate(tune.voices):
-        mine, channel = tune.notes.voice == index, channels[program] - 1 if not drum else 9
-        notes = [column[mine].tolist() for column in tune.notes]
-        events = [(0, bytes([0xC0 | channel, program]))]
-        for _, onset, duration, pitch in zip(*notes, strict=True):
-            events += [(onset, bytes([0x90 | channel, pitch, 90])),
-                       (onset + duration, bytes([0x80 | channel, pitch, 0]))]
-        tracks += [track_bytes(events)] * bool(mine.any())
-    return b"".join([b"MThd\0\0\0\6\0\1", len(tracks).to_bytes(2), (480).to_bytes(2), *tracks])
+    tune, score, tracks = read_abc(text), symusic.Score(480), {}
+    score.tempos.extend([symusic.Tempo(round(480 * beat), qpm) for beat, qpm in tune.tempos or [(0, 120)]])
+    score.time_signatures.extend([symusic.TimeSignature(round(480 * beat), num, den)
+                                  for beat, num, den in tune.metres or [(0, 4, 4)]])
+    for i, (program, drum) in enumerate(tune.voices):
+        key = (program, drum) if len(tune.voices) > 15 else i
+        track = tracks.setdefault(key, symusic.Track(program=program, is_drum=drum))
+        onset, duration, pitch = (column[tune.notes.voice == i] for column in tune.notes[1:])
+        start, end = np.rint(480 * onset).astype(int), np.rint(480 * (onset + duration)).astype(int)
+        for note in zip(start.tolist(), (end - start).tolist(), pitch.tolist(), strict=True):
+            track.notes.append(symusic.Note(*note, 90))
+    score.tracks.extend([track for track in tracks.values() if len(track.notes)])
+    return score.dumps_midi()
 
 
-def track_bytes(events):
-    """[(beat, message)] -> a track; of what happens at one time notes begin last."""
-    body, now = bytearray(), 0
-    timed = [(round(min(beat, MAX_BEATS) * 480), message) for beat, message in events]
-    for tick, message in sorted(timed, key=lambda event: (event[0], event[1][0] >> 4 == 9)):
-        delta = tick - now
-        groups = [delta >> shift & 127 | 128 * (shift > 0) for shift in (21, 14, 7, 0)]
-        body += bytes(itertools.dropwhile(lambda group: group == 128, groups)) + message
-        now = tick
-    body += b"\0\xff\x2f\0"
-    return b"MTrk" + len(body).to_bytes(4) + body
-
-
-# --- scoring
-
+# --- 7. scoring
 
 def note_f1(reference, candidate, onset_tolerance=1 / 8, durations=False):
     """F1 of notes matched by pitch and onset (length within 20 % or 1/8 beat), duplicates merged."""
-    a, b = (sorted(zip(notes.pitch.tolist(), notes.onset.tolist(), notes.duration.tolist(), strict=True))
-            for notes in (merge_duplicates(reference), merge_duplicates(candidate)))
-    i = j = hits = 0
-    while i < len(a) and j < len(b):
-        (pitch, onset, duration), (other_pitch, other_onset, other_duration) = a[i], b[j]
-        if pitch == other_pitch and abs(onset - other_onset) <= onset_tolerance + 1e-6:
-            hits += not durations or abs(duration - other_duration) <= max(1 / 8, duration / 5) + 1e-6
+    a, b = merge_duplicates(reference), merge_duplicates(candidate)
+    places, orders = [], []
+    for notes in (a, b):
+        place = notes.pitch * 2.0**20 + notes.onset  # keeps the pitches apart
+        orders.append(np.argsort(place))
+        places.append(place[orders[-1]].tolist())
+    (some, others), pairs, i, j = places, [], 0, 0
+    while i < len(some) and j < len(others):
+        if abs(some[i] - others[j]) <= onset_tolerance + 1e-6:
+            pairs.append((i, j))
             i, j = i + 1, j + 1
-        elif (pitch, onset) < (other_pitch, other_onset):
+        elif some[i] < others[j]:
             i += 1
         else:
             j += 1
-    return 2 * hits / (len(a) + len(b)) if len(a) + len(b) else 1.0
-
-
-def convert_one(data, cfg):
-    """MIDI file (bytes or path) -> dict of its text, its round-trip score and its sizes. Raises Rejected."""
-    score = read_score(data)
-    row = score_to_abc(score, cfg)
-    notes, drums = score.notes, are_drums(score.notes, score.voices)
-    f1 = note_f1(notes, read_abc(row["abc"]).notes)
-    return row | {"n_notes": len(notes.pitch), "n_chars": len(row["abc"]), "f1": f1,
-                  "n_tracks": len(score.voices), **identity(notes, drums)}
+    hits = len(pairs)
+    if durations and pairs:
+        i, j = np.array(pairs).T
+        mine, other = a.duration[orders[0][i]], b.duration[orders[1][j]]
+        hits = int((np.abs(mine - other) <= np.maximum(1 / 8, mine / 5) + 1e-6).sum())
+    return 2 * hits / (len(some) + len(others)) if some or others else 1.0
 
 
 def are_drums(notes, voices):
@@ -2356,15 +2176,30 @@ def are_drums(notes, voices):
     return np.array([drum for _, drum in voices], bool)[notes.voice]
 
 
+def convert_one(data, cfg):
+    """MIDI file (bytes or path) -> dict of its text, its round-trip score and its sizes. Raises Rejected."""
+    score = read_score(data)
+    row, notes = score_to_abc(score, cfg), score.notes
+    return row | {"n_notes": len(notes.pitch), "n_chars": len(row["abc"]),
+                  "f1": note_f1(notes, read_abc(row["abc"]).notes), "n_tracks": len(score.voices),
+                  **identity(notes, are_drums(notes, score.voices))}
+
+
 def convert_file(source, target, cfg):
-    """In a worker: converts a MIDI file to `target`; returns its row of report.jsonl."""
+    """In a worker: converts a MIDI file to `target`; returns its row of report.jsonl.
+
+    A bug of ours is a reason, too, since one odd file must not cost the others; `convert` tells of it.
+    """
     try:
-        data = Path(source).read_bytes()
-        row = convert_one(data, cfg)
+        row = convert_one(Path(source).read_bytes(), cfg)
     except Rejected as reject:
         return {"reason": reject.reason}
-    except Exception as error:  # out of memory, unreadable, or a bug: one file must not stop the others
-        return {"reason": f"failed_{type(error).__name__}"}
+    except (OSError, MemoryError) as error:
+        return {"reason": "unreadable" if isinstance(error, OSError) else "out_of_memory"}
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame.name for frame in frames if frame.filename == __file__]
+        return {"reason": f"bug: {type(error).__name__} in {ours[-1]}"}
     write_text(target, row.pop("abc"))
     return {"abc": Path(target).relative_to(cfg.ABC_ROOT).as_posix(), **row}
 
@@ -2372,6 +2207,8 @@ def convert_file(source, target, cfg):
 def limit_worker():
     """A file that swells hits its worker's limit, not the machine's. Ctrl-C is the parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.freeze()
+    gc.set_threshold(100_000)  # looking for cycles, of which there are none, took a sixth of the time
     with contextlib.suppress(ImportError, OSError, ValueError):  # Linux only
         import resource
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -2388,6 +2225,14 @@ def convert_all(files, cfg):
 
     Few files are in flight, so that memory does not grow with their number.
     """
+    def row_of(job):
+        try:
+            return job.result()
+        except TimeoutError:
+            return {"reason": "timeout"}
+        except ProcessExpired:
+            return {"reason": "crashed"}
+
     jobs = collections.deque()
     with ProcessPool(max_workers=cfg.WORKERS, initializer=limit_worker) as pool:
         try:
@@ -2396,42 +2241,10 @@ def convert_all(files, cfg):
                 jobs.append(pool.schedule(convert_file, (*paths, cfg), timeout=cfg.CONVERT_TIMEOUT))
                 if len(jobs) > 64 * cfg.WORKERS:  # enough to keep the others busy while one takes its time
                     yield row_of(jobs.popleft())
-            while jobs:
-                yield row_of(jobs.popleft())
+            yield from map(row_of, jobs)
         except BaseException:
             pool.stop()
             raise
-
-
-def row_of(job):
-    """The row of a file when its worker has come to an end with it."""
-    try:
-        return job.result()
-    except TimeoutError:
-        return {"reason": "timeout"}
-    except ProcessExpired:
-        return {"reason": "crashed"}
-
-
-def midi_files(cfg):
-    return read_json(cfg.DATA_ROOT / "midi_index.json")["files"]
-
-
-def rows_done(journal, files, cfg):
-    """How many files, from the first on, the journal of an interrupted conversion accounts for; what stands
-    behind them, such as half a line, is cut off.
-    """
-    done = size = 0
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with open(journal, "a+b") as out, contextlib.suppress(ValueError):
-        out.seek(0)
-        for line, file in zip(out, files, strict=False):
-            row = json.loads(line) if line.endswith(b"\n") else {}
-            if row.get("file") != file or not (cfg.ABC_ROOT / row.get("abc", "")).exists():
-                break
-            done, size = done + 1, size + len(line)
-    os.truncate(journal, size)
-    return done
 
 
 def remove_texts(cfg):
@@ -2444,32 +2257,40 @@ def remove_texts(cfg):
         path.unlink(missing_ok=True)
 
 
-@stage(version=4, knobs="CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", reads=(extract,))
+@stage(version=5, knobs="CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", reads=(extract,))
 def convert(cfg):
     """Converts every MIDI file in a worker that may die; every file ends as text or as a counted reason."""
-    files, journal = midi_files(cfg), cfg.ABC_ROOT / "journal.jsonl"
+    files, journal = read_json(cfg.DATA_ROOT / "midi_index.json")["files"], cfg.ABC_ROOT / "journal.jsonl"
+    journal.parent.mkdir(parents=True, exist_ok=True)
     if not convert.manifest(cfg)["goes_on"]:
         remove_texts(cfg)
-    done = rows_done(journal, files, cfg)
-    with open(journal, "a", encoding="utf-8", buffering=1) as out:  # line by line
-        rows = progress(convert_all(files[done:], cfg), "convert", len(files), "file", initial=done)
-        for file, row in zip(files[done:], rows, strict=True):
-            out.write(json.dumps({"file": file, **row}) + "\n")
+    with open(journal, "a+b", buffering=0) as out:
+        out.seek(0)
+        whole = [len(line) for line in out if line.endswith(b"\n")]  # what an interrupted conversion has done
+        out.truncate(sum(whole))
+        rest = files[len(whole):]
+        rows = progress(convert_all(rest, cfg), "convert", len(files), "file", initial=len(whole))
+        for file, row in zip(rest, rows, strict=True):
+            out.write(json.dumps({"file": file, **row}).encode() + b"\n")
 
     reasons = Counter(row.get("reason", "") for row in read_jsonl(journal))
     total, accepted = reasons.total(), reasons.pop("", 0)
     need(accepted, f"no MIDI file became ABC: {dict(reasons)}")
     signatures = np.lib.format.open_memmap(cfg.ABC_ROOT / "signatures.npy", "w+", "<u4", (accepted, NUM_PERM))
     with atomic_path(cfg.ABC_ROOT / "report.jsonl") as partial, open(partial, "w", encoding="utf-8") as out:
-        place = itertools.count()
+        place, bugs = itertools.count(), {}
         for row in read_jsonl(journal):
             if "signature" in row:
                 signatures[next(place)] = np.frombuffer(bytes.fromhex(row.pop("signature")), "<u4")
+            elif row["reason"].startswith("bug"):
+                bugs.setdefault(row["reason"], row["file"])
             out.write(json.dumps(row) + "\n")
     signatures.flush()
     journal.unlink()
     say(f"convert   {accepted:,} of {total:,} files became ABC; "
         f"rejected: {dict(reasons.most_common()) or 'none'}")
+    for bug, file in bugs.items():
+        say(f"convert   A {bug} cost {reasons[bug]:,} files. Please report it with {cfg.MIDI_ROOT / file}")
     return [cfg.ABC_ROOT]
 
 

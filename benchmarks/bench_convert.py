@@ -36,7 +36,7 @@ import symusic
 from results import keep
 
 import LakhMIDI
-from LakhMIDI import Notes, Rejected, convert_all, midi_to_abc, note_f1, read_abc, shorten_lines
+from LakhMIDI import Notes, Rejected, convert_all, midi_to_abc, note_f1, read_abc
 
 LAKH_FILES = 178_561  # MIDI files in lmd_full
 BIN = Path(symusic.__file__).parent / "bin"
@@ -142,7 +142,7 @@ def judge(data, abc, run):
             "programs": alike(sounds, other_sounds) > .98,
             "bars right": (hits(bars, found) + hits(found, bars)) / (len(bars) + len(found)) >= .98,
             "seconds right": abs(other_seconds - seconds) <= .01 * max(seconds, 1),
-            "notes": len(notes.pitch), "complete": len(abc), "short": len(shorten_lines(abc)),
+            "notes": len(notes.pitch), "chars": len(abc),
             "faults": len(tune.faults) > 0}
 
 
@@ -168,10 +168,9 @@ def fidelity(files, cfg, run, texts):
             continue
         rows.append(judge(data, abc, run))
     table = {key: np.array([row[key] for row in rows], float) for key in rows[0]}
-    notes, sizes = table.pop("notes").sum(), {key: table.pop(key).sum() for key in ("complete", "short")}
+    chars = float(table.pop("chars").sum() / table.pop("notes").sum())
     means = {key: float(column.mean()) for key, column in table.items()}
-    chars = {f"chars a note, {form} lines": float(size / notes) for form, size in sizes.items()}
-    return {"files": len(files), "judged": len(rows)} | means | chars | {
+    return {"files": len(files), "judged": len(rows)} | means | {"chars a note": chars,
         "above .99 by abc2midi": float((table["F8 by abc2midi"] > .99).mean()), "refused": dict(rejects)}
 
 
