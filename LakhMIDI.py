@@ -5711,7 +5711,8 @@ def page_sections(stats, results, fits, evaluation, pictures):
     runs = [row for row in results["runs"] if row["main"]]
     seeds = Counter((row["family"], row["size"]) for row in runs).values()
     loss = (f"Loss on validation tunes; N is without the embedding; D = {runs[-1]['tokens']:,} characters "
-            f"({runs[-1]['epochs']:.2g} epochs); {min(seeds)} to {max(seeds)} seeds a size.")
+            f"({runs[-1]['epochs']:.2g} epochs); {min(seeds)} to {max(seeds)} seeds a size; "
+            f"{results['corpus']}.")
     music = ("Real tunes that no network has seen go through the same checks: they are the ceiling. Valid or "
              f"cut: also those that were whole when cut after {evaluation['sample_chars']:,} characters. Of "
              "bars that are equal to the one before, only as many count as right as real tunes have. A copy "

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -146,10 +147,8 @@ def test_a_real_tune_is_valid():
 @pytest.mark.parametrize(
     ("reason", "text"),
     [
-        ("silent", HEADER + "[V:1]z8|\n" * 4),
         ("silent", HEADER + "[V:1]CCCCCCCC|\n" * 2),
         ("mostly_rests", HEADER + BARS[0] + "[V:1]Z9|\n"),
-        ("mostly_rests", HEADER + BARS[0] + "[V:1]z8|\n" * 9),
         ("bar_length", TUNE.replace("c2B2", "c2B")),
         ("bar_length", TUNE.replace("M:4/4", "M:3/4")),
         ("no_bar_line", TUNE.replace("|", "")),
@@ -163,12 +162,8 @@ def test_a_real_tune_is_valid():
 def test_what_is_wrong_fails_for_the_right_reason(reason, text):
     check = check_abc(text)
     assert not check["valid"] and reason in check["reasons"] and check["first_fault"] in check["reasons"]
-
-
-def test_random_characters_are_no_music():
-    rng = random.Random(0)
-    for _ in range(20):
-        assert not check_abc(HEADER + "".join(rng.choices("ABCDEFGabc[]|-&2348z(\n", k=300)))["valid"]
+    rng = random.Random(reason)
+    assert not check_abc(HEADER + "".join(rng.choices("ABCDEFGabc[]|-&2348z(\n", k=300)))["valid"]
 
 
 def test_a_cut_tune_is_judged_up_to_its_last_bar_and_a_prompt_is_not_counted():
@@ -282,21 +277,19 @@ def test_every_character_has_its_kind():
     ids = np.concatenate([[START], VOCAB.encode(text), [END]])
     kinds = [study.KINDS[kind] for kind in study.char_kinds(ids, VOCAB)]
     assert kinds[: len(HEADER) + 1] == ["header"] * (len(HEADER) + 1)
-    assert [(kind, len(list(run))) for kind, run in itertools.groupby(kinds[len(HEADER) + 1 :])] == [
-        *[("voice_tag", 5), ("other", 2), ("accidental", 1), ("pitch", 3), ("length", 1), ("rest", 1)],
-        *[("length", 2), ("other", 1), ("pitch", 2), ("other", 2), ("pitch", 2), ("length", 1), ("other", 1)],
-        *[("bar", 2), ("end", 1)],
-    ]
+    runs = [f"{kind} {len(list(run))}" for kind, run in itertools.groupby(kinds[len(HEADER) + 1 :])]
+    assert runs == (
+        "voice_tag 5, other 2, accidental 1, pitch 3, length 1, rest 1, length 2, other 1, pitch 2, other 2, "
+        "pitch 2, length 1, other 1, bar 2, end 1"
+    ).split(", ")
 
 
 def test_the_evaluation_of_a_study_balances(smoke):
     save = Path(smoke.SAVE_DIR)
     evaluation = study.read_json(save / "evaluation.json")
     tunes = list(study.read_jsonl(save / "samples.jsonl"))
-    in_table = [tune for tune in tunes if tune["kind"] != "same"]  # one of each model, for the ear
-    assert sum(row["n"] for row in evaluation["music"]) == len(in_table)
-    runs = {row["run"] for row in evaluation["models"]}
-    assert {row["run"] for row in evaluation["music"]} == {"real", *runs}
+    in_table = Counter((tune["run"], tune["kind"]) for tune in tunes if tune["kind"] != "same")
+    assert {(row["run"], row["kind"]): row["n"] for row in evaluation["music"]} == in_table
     for row in evaluation["models"]:
         mean = sum(kind["share"] * kind["bits"] for kind in row["by_kind"].values())
         assert mean == pytest.approx(row["test_bpc"], rel=1e-4)

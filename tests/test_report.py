@@ -49,8 +49,7 @@ def render(cfg):
 
 
 def edit(path, change):
-    data = study.read_json(path)
-    change(data)
+    change(data := study.read_json(path))
     study.write_json(path, data)
 
 
