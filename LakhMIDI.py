@@ -5191,13 +5191,13 @@ def draw_roll(tune, begin=0.0, given_bars=0):
     inside = np.flatnonzero((lines > -1e-6) & (lines < ROLL_WIDTH))
 
     paths = [f"M{lines[bar]:.1f} 0V{ROLL_HEIGHT - 14}" for bar in inside]
-    words = [(lines[bar] + 2, ROLL_HEIGHT - 3, bar + 1) for bar in inside[::math.ceil(len(inside) / 16)]
+    words = [(lines[bar] + 2, ROLL_HEIGHT - 3, bar + 1) for bar in inside[::len(inside) // 16 + 1]
              if bar < len(bars) - 1]
     for c in range(math.ceil(low / 12), high // 12 + 1):
         paths.append(f"M0 {(high - 12 * c) * y:.1f}H{ROLL_WIDTH}")
         words.append((2, (high - 12 * c) * y - 2, f"C{c - 1}"))
     shapes = [f'<path d="{"".join(paths)}" stroke="#8884"/>']
-    shapes += [f'<text x="{left:.1f}" y="{low:.1f}">{word}</text>' for left, low, word in words]
+    shapes += [f'<text x="{left:.1f}" y="{base:.1f}">{word}</text>' for left, base, word in words]
     for i in seen:
         given = notes.onset[i] < bars[join] - 1e-6
         colour = GIVEN_COLOUR if given else VOICE_COLOURS[notes.voice[i] % len(VOICE_COLOURS)]
