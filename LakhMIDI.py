@@ -32,6 +32,7 @@ import ast
 import base64
 import bisect
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -127,6 +128,7 @@ class Size(NamedTuple):
     layers: int
     width: int  # model width d of a GPT, hidden size h of an LSTM
     heads: int = 1  # attention heads (GPT only)
+    seeds: int = 1  # trainings, with seeds SEED, SEED + 1, ...; several where losses vary and cost little
 
     @property
     def name(self):
@@ -149,10 +151,10 @@ STUDIES = {
         [Size("gpt", f"{d}w", 1, d, d // 8) for d in (8, 16, 24, 32)]
         + [Size("lstm", f"{h}w", 1, h) for h in (10, 20, 30, 39)])),
     "cpu": Study(1_600_000, 2_048, 256, (
-        Size("gpt", "25K", 2, 32, 1), Size("gpt", "80K", 3, 48, 1), Size("gpt", "200K", 4, 64, 2),
-        Size("gpt", "450K", 4, 96, 3), Size("gpt", "1M", 5, 128, 4),
-        Size("lstm", "25K", 2, 40), Size("lstm", "80K", 2, 72), Size("lstm", "200K", 2, 112),
-        Size("lstm", "450K", 2, 168), Size("lstm", "1M", 2, 248))),
+        Size("gpt", "7K", 2, 16, 1, 3), Size("gpt", "15K", 2, 24, 1, 3), Size("gpt", "25K", 2, 32, 1, 3),
+        Size("gpt", "80K", 3, 48, 1), Size("gpt", "200K", 4, 64, 2), Size("gpt", "450K", 4, 96, 3),
+        Size("lstm", "7K", 2, 19, 1, 3), Size("lstm", "15K", 2, 29, 1, 3), Size("lstm", "25K", 2, 40, 1, 3),
+        Size("lstm", "80K", 2, 72), Size("lstm", "200K", 2, 112), Size("lstm", "450K", 2, 168))),
     "full": Study(100_000_000, 65_536, 1_024, (
         Size("gpt", "1M", 5, 128, 2), Size("gpt", "5M", 6, 256, 4), Size("gpt", "20M", 8, 448, 7),
         Size("gpt", "50M", 10, 640, 10), Size("gpt", "100M", 14, 768, 12),
@@ -201,7 +203,7 @@ class Cfg(metaclass=KnobType):
     BATCH_TOKENS = 0  # characters per optimiser step; 0 = the study's
     SEQ_LEN = 0  # characters per window; 0 = the study's
     BUDGETS = (0.125, 0.25, 0.5, 1.0)  # shares of TRAIN_TOKENS_TARGET at which the loss is measured
-    SEEDS = 1  # trainings per model, with seeds SEED, SEED + 1, ...
+    SEEDS = 1  # trainings per model at least, with seeds SEED, SEED + 1, ...; some of a study have more
     SEED = 1337  # everything random follows from it
     # --- optimiser
     LR = 0.01  # peak learning rate of the weight matrices (Muon)
@@ -3138,9 +3140,9 @@ def planned_runs(cfg):
     runs, knobs = [], {knob: getattr(cfg, knob) for knob in SHARED_KNOBS.split()}
     data = tokenize.identity(cfg)
     for size in sorted(cfg.MODELS, key=rough_weights):
-        for seed in range(cfg.SEED, cfg.SEED + cfg.SEEDS):
+        for seed in range(cfg.SEED, cfg.SEED + max(size.seeds, cfg.SEEDS)):
             name = size.name + (f"_seed{seed}" if seed > cfg.SEED else "")
-            runs.append(Run(size, seed, name, digest([size, seed, knobs, TRAIN_VERSION, data])))
+            runs.append(Run(size, seed, name, digest([size[:5], seed, knobs, TRAIN_VERSION, data])))
     return runs
 
 
@@ -3316,14 +3318,16 @@ def schedule_steps(windows, cfg):
     return max(1, round(cfg.TRAIN_TOKENS_TARGET / (cfg.BATCH_TOKENS * windows.share)))
 
 
-def train_model(run, windows, vocab, cfg, bar):
-    """Trains one model to its end, from its checkpoint on if it has one; writes the model and its record."""
+def train_model(run, windows, vocab, cfg, tell=lambda: None):
+    """Trains one model to its end, from its checkpoint on if it has one; writes the model and its record.
+
+    Calls tell() every half per cent.
+    """
     # 1 Held-out data, model, optimisers
     held_out = Windows(read_tokens("val", vocab, cfg), vocab, cfg.SEQ_LEN)
     if cfg.DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     t = Training(run, len(vocab.chars), windows.share, cfg)
-    step_flops = t.model.flops_per_token() * cfg.BATCH_TOKENS
     steps = schedule_steps(windows, cfg)
     log_every = max(1, steps // 200)
 
@@ -3332,7 +3336,6 @@ def train_model(run, windows, vocab, cfg, bar):
     log.parent.mkdir(parents=True, exist_ok=True)
     if not t.restore():
         log.unlink(missing_ok=True)
-    bar.update(t.step * step_flops)
     began = saved = time.monotonic()
     new_losses = []
     for end in budget_steps(steps, cfg)[len(t.rows):]:
@@ -3359,7 +3362,6 @@ def train_model(run, windows, vocab, cfg, bar):
             t.scaler.update()
             new_losses.append(torch.where(bad, math.nan, loss))
             t.step += 1
-            bar.update(step_flops)
 
             # 7 The mean of the weights over the last fifth of this budget
             if t.step > (1 - AVERAGED) * end:
@@ -3383,8 +3385,8 @@ def train_model(run, windows, vocab, cfg, bar):
                 for key, value in point.items():
                     t.curve[key].append(value)
                 append_line(log, {**point, "step": t.step})
-                bar.set_postfix_str(f"{run.name} loss {point['train_loss']:.3f} {rate:,.0f} char/s", False)
             new_losses = []
+            tell()
 
             # 9 A checkpoint now and then
             if now - saved > cfg.SAVE_EVERY_S:
@@ -3402,7 +3404,7 @@ def train_model(run, windows, vocab, cfg, bar):
 
     # 11 The finished model and its record; what only an interrupted training needs goes
     write_checkpoint(run.path("model.pt", cfg), {
-        "format": CHECKPOINT_FORMAT, "model": own_weights(t.average.module), "size": list(run.size),
+        "format": CHECKPOINT_FORMAT, "model": own_weights(t.average.module), "size": list(run.size[:5]),
         "seq_len": cfg.SEQ_LEN, "vocab": [[*part] for part in vocab], "result": t.rows[-1]})
     size = run.path("model.pt", cfg).stat().st_size
     write_json(run.path("record.json", cfg), {"rows": t.rows, "curve": t.curve, "model_bytes": size})
@@ -3588,14 +3590,11 @@ def train(cfg):
     wait_for_ranks()  # until all have looked at what there is to do
     turns = [*range(count), *reversed(range(count))]  # the largest first, to and fro: about equal shares
     mine = [run for run, turn in zip(todo[::-1], itertools.cycle(turns)) if turn == rank][::-1]
-    work = sum(training_flops(run, windows, vocab, cfg) for run in mine)
-    bar_format = "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
-    with progress(total=work, desc="train", bar_format=bar_format, disable=rank > 0) as bar:
-        for run in mine:
-            state_prediction_first(run, cfg)
-            train_model(run, windows, vocab, cfg, bar)
+    side_by_side = cfg.DEVICE == "cpu" and count == 1 and cfg.WORKERS > 1
+    with TrainingBar(todo, windows, vocab, cfg, disable=rank > 0) as bar:
+        for run in (train_side_by_side if side_by_side else train_in_turn)(mine, windows, vocab, cfg, bar):
             row = finished(run, cfg)["rows"][-1]
-            say(f"  {run.name:12s} {row['n_fit']:>11,} parameters  val loss {row['val_loss']:.4f} nats, "
+            say(f"  {run.name:15s} {row['n_fit']:>11,} parameters  val loss {row['val_loss']:.4f} nats, "
                 f"{row['val_bpc']:.4f} bits per character {row['tokens_per_s']:>9,.0f} char/s "
                 f"{row['wall_s']:6.0f} s")
             if rank == 0:
@@ -3605,6 +3604,70 @@ def train(cfg):
         write_results(runs, windows, cfg)
     names = ["scaling_results.json", "training_curves.json", *(f"{run.name}.pt" for run in runs)]
     return [Path(cfg.SAVE_DIR, name) for name in names]
+
+
+def train_in_turn(runs, windows, vocab, cfg, bar):
+    """Yields each run when it is trained."""
+    for run in runs:
+        state_prediction_first(run, cfg)
+        train_model(run, windows, vocab, cfg, bar.show)
+        yield run
+
+
+def train_side_by_side(runs, windows, vocab, cfg, bar):
+    """The same on a CPU, a process for each model: small models gain little from a second thread, and two
+    threads wait for each other whenever another program runs.
+    """
+    threads = max(1, cfg.WORKERS // len(planned_runs(cfg)))
+    with ProcessPool(cfg.WORKERS, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        try:
+            jobs = {pool.schedule(train_alone, (run, os.getpid(), cfg)): run for run in runs}
+            while jobs:
+                for job in concurrent.futures.wait(jobs, 0.5, concurrent.futures.FIRST_COMPLETED).done:
+                    job.result()  # raises what went wrong there
+                    yield jobs.pop(job)
+                bar.show()
+        except BaseException:
+            pool.stop()
+            raise
+
+
+def train_alone(run, parent, cfg):
+    """In a process of its own, which ends when its parent is gone."""
+    def stop_if_alone():
+        if os.getppid() != parent:
+            os._exit(1)
+    vocab = read_vocab(cfg)
+    windows = Windows(read_training(vocab, cfg)[0], vocab, cfg.SEQ_LEN)
+    state_prediction_first(run, cfg)
+    train_model(run, windows, vocab, cfg, stop_if_alone)
+
+
+class TrainingBar:
+    """Progress in FLOPs over all runs, whichever process trains them, by the last lines of their logs."""
+
+    def __init__(self, runs, windows, vocab, cfg, disable):
+        self.cost = {run.path("log.jsonl", cfg): training_flops(run, windows, vocab, cfg) for run in runs}
+        self.steps = schedule_steps(windows, cfg)
+        self.bar = progress(total=sum(self.cost.values()), desc="train", disable=disable, bar_format=(
+            "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def show(self):
+        done, newest = 0, (0, "")
+        for log, cost in self.cost.items():
+            if log.exists() and (lines := log.read_text("utf-8").splitlines()):
+                last = json.loads(lines[-1])
+                done += cost * last["step"] / self.steps
+                words = f"{log.parent.name.rpartition('-')[0]} loss {last['train_loss']:.3f}"
+                newest = max(newest, (log.stat().st_mtime_ns, f"{words} {last['tokens_per_s']:,.0f} char/s"))
+        self.bar.set_postfix_str(newest[1], refresh=False)
+        self.bar.update(done - self.bar.n)
 
 
 def training_flops(run, windows, vocab, cfg):
@@ -3639,7 +3702,7 @@ def state_prediction_first(run, cfg, wait=False):
     with torch.device("meta"):
         n = count_params(build_model(run.size, len(read_vocab(cfg).chars), cfg))["n_fit"]
     points = {"N": [row["n_fit"] for row in rows], "L": [row["val_loss"] for row in rows]}
-    stated = {**state_prediction(points, n, runs=cfg.SEEDS), "model": run.size.name,
+    stated = {**state_prediction(points, n, runs=len(family) - len(smaller)), "model": run.size.name,
               "stated_at": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_json(run.path("prediction.json", cfg), stated)
     if stated["predicted"]:

@@ -229,19 +229,14 @@ class EnoughSteps(Exception):
     pass
 
 
-class Bar:
-    """Stands for the progress bar of a training; ends it after so many steps."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    def update(self, work):
-        self.left -= work > 0  # the first update tells of steps that an earlier process made
-        if self.left < 0:
-            raise EnoughSteps
-
-    def set_postfix_str(self, *args):
-        pass
+def stop_after(steps):
+    """A Training that ends after so many steps."""
+    class Short(study.Training):
+        def gradients(self, batch):
+            if self.step >= steps:
+                raise EnoughSteps
+            return super().gradients(batch)
+    return patch.object(study, "Training", Short)
 
 
 def train_once(args, part, label, model, seed=1, steps=math.inf, **knobs):
@@ -256,8 +251,8 @@ def train_once(args, part, label, model, seed=1, steps=math.inf, **knobs):
         run, vocab = study.planned_runs(cfg)[0], study.read_vocab(cfg)
         windows = study.Windows(study.read_training(vocab, cfg)[0], vocab, cfg.SEQ_LEN)
         began, wall, loss = time.process_time(), time.monotonic(), math.inf
-        with contextlib.suppress(study.Diverged, EnoughSteps):
-            study.train_model(run, windows, vocab, cfg, Bar(steps))
+        with contextlib.suppress(study.Diverged, EnoughSteps), stop_after(steps):
+            study.train_model(run, windows, vocab, cfg)
             loss = study.finished(run, cfg)["rows"][-1]["val_loss"]
         seconds, wall = time.process_time() - began, time.monotonic() - wall
         log = list(study.read_jsonl(run.path("log.jsonl", cfg)))

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch._dynamo  # optimizers import it: once here instead of in every fork
-from tqdm import tqdm
 
 import LakhMIDI as study
 
@@ -52,8 +51,7 @@ def attempt(run, cfg, places, steps=0):
         study.os.replace = killing(os.replace, steps)
     vocab = study.read_vocab(cfg)
     windows = study.Windows(study.read_training(vocab, cfg)[0], vocab, cfg.SEQ_LEN)
-    with tqdm(disable=True) as bar:
-        study.train_model(run, windows, vocab, cfg, bar)
+    study.train_model(run, windows, vocab, cfg)
     os._exit(0)
 
 

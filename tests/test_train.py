@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import LakhMIDI as study
 from LakhMIDI import Cfg, UserError
@@ -39,8 +38,7 @@ def train_run(cfg, family="gpt"):
     run = next(run for run in study.planned_runs(cfg) if run.size.family == family)
     vocab = study.read_vocab(cfg)
     windows = study.Windows(study.read_training(vocab, cfg)[0], vocab, cfg.SEQ_LEN)
-    with tqdm(disable=True) as bar:
-        study.train_model(run, windows, vocab, cfg, bar)
+    study.train_model(run, windows, vocab, cfg)
     return study.finished(run, cfg)
 
 
