@@ -5125,7 +5125,8 @@ def evaluate(cfg):
     """Test losses of every model; its tunes, judged, compared with real ones, searched for copies, shown."""
     save, vocab = Path(cfg.SAVE_DIR), read_vocab(cfg)
     say_if_mute()
-    rows = [row for row in read_json(save / "scaling_results.json")["runs"] if row["main"]]
+    rows = [row for row in read_json(save / "scaling_results.json")["runs"]
+            if row["main"] and row["seed"] == cfg.SEED]  # one of each size
     best = min(rows, key=lambda row: row["val_loss"])["run"]
     models = {row["run"]: load(save / row["checkpoint"], cfg.DEVICE) for row in rows}
     for folder in SAMPLE_FOLDERS:

@@ -40,9 +40,9 @@ def run_to_the_end(command):
 
 @pytest.fixture(scope="module")
 def alone(smoke, tmp_path_factory):
-    """The losses that one process reaches."""
+    """The losses that one command reaches, whose processes train two models side by side."""
     save_dir = tmp_path_factory.mktemp("alone")
-    run_to_the_end(command_for(smoke, save_dir, "--only", "train"))
+    run_to_the_end(command_for(smoke, save_dir, "--only", "train", WORKERS=2))
     return losses(save_dir)
 
 

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -160,6 +161,33 @@ def test_each_pass_takes_every_window_once_in_an_order_of_its_own():
     assert all(sorted(order) == list(range(n)) for order in orders)
     assert len({tuple(order) for order in orders}) == 7
     assert list(windows.chosen(5, 7, seed=4)) != list(windows.chosen(5, 7, seed=3))
+
+
+class Reading(nn.Module):
+    """A model that notes what it is given to read."""
+
+    def __init__(self, seq_len):
+        super().__init__()
+        self.weight, self.seq_len = nn.Parameter(torch.zeros(1)), seq_len
+
+    def empty_state(self, batch, length):
+        return []
+
+    def forward(self, tokens, state):
+        self.read = tokens[0].tolist()
+        return None, state
+
+
+def test_sampling_renews_a_full_window_in_the_layout_of_the_training():
+    tokens, vocab = music(tunes=3)
+    text = "X:1" + max(vocab.decode(tokens).split("X:1"), key=len)[:-9]  # it stops within a line
+    header = text[:text.rindex("\n", 0, re.search(r"^[A-G]+\|", text, re.M).start()) + 1]
+    draft, model = study.Draft(text, vocab, 1_000, [0, 0]), Reading(96)
+    draft.read_window(model, 8)
+    newest = vocab.decode(model.read[1 + len(header):])
+    assert model.read[0] == study.START and vocab.decode(model.read[1:]).startswith(header)
+    assert f"\n{newest}" in text and text[:-1].endswith(newest)  # lines from a line's start
+    assert 48 - 31 <= len(model.read) <= 48 and draft.room == 96 - len(model.read)
 
 
 def test_orthogonalised_steps_have_singular_values_near_one():

@@ -1,0 +1,58 @@
+"""Music of several voices: what models of each size make of it, sampled and judged by the study's own stages.
+
+    python LakhMIDI.py --to tokenize --DATA_ROOT DATA_ROOT --USE_LOCAL_MIDI True --LOCAL_MIDI_ROOT folder
+    python benchmarks/bench_voices.py DATA_ROOT --USE_LOCAL_MIDI True --LOCAL_MIDI_ROOT folder \
+        [--MODELS gpt_80K,gpt_450K] [--SEQ_LEN 512] [other knobs]
+
+Prints a row for each model and kind of sample, real held-out tunes first. Bars right: share of the bars, in
+every voice, that the reader measures as right; loops don't count. Tries: lines drawn for one that was kept.
+"""
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from results import keep
+
+import LakhMIDI as study
+
+KNOBS = {"SAMPLES": 100, "SAMPLE_CHARS": 2_200, "SHOWN": 0, "SEQ_LEN": 1_024, "BATCH_TOKENS": 4_096}
+
+
+def main():
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("data_root")
+    args, rest = parser.parse_known_args()
+    given = dict(zip((flag.removeprefix("--") for flag in rest[::2]), rest[1::2], strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        knobs = {**KNOBS, "SAVE_DIR": folder, **given}
+        flags = [text for name, value in knobs.items() for text in (f"--{name}", str(value))]
+        source = ["--DATA_ROOT", args.data_root]
+        if code := study.main(["--only", "train", *source, *flags]):
+            sys.exit(code)
+        if code := study.main(["--only", "evaluate", *source, *flags]):
+            sys.exit(code)
+        trained = study.read_json(Path(knobs["SAVE_DIR"], "scaling_results.json"))
+        found = study.read_json(Path(knobs["SAVE_DIR"], "evaluation.json"))
+    show(args.data_root, trained, found)
+    keep("voices", args.data_root, knobs=given, models=found["models"], music=found["music"])
+
+
+def show(corpus, trained, found):
+    print(f"\n{corpus}: {trained['copies']:.1%} of the windows are copies and room left over")
+    for row in found["models"]:
+        twins = ", ".join(f"{name} {share['value']:.2f}" for name, share in row["likelier_than_twin"].items())
+        print(f"{row['run']:12s} bits a note {row['bits_per_note']:.3f}, test loss {row['test_loss']:.4f}; "
+              f"likelier than its twin: {twins}")
+    print(" " * 24, "valid as far header bars right ended tries")
+    for row in found["music"]:
+        shares = [row[key]["value"] for key in ("valid", "valid_or_cut", "header")]
+        tries = f"{row['tries']:.2f}" if row.get("tries") else ""
+        print(f"{row['run'] + ' ' + row['kind']:24s} {shares[0]:5.0%} {shares[1]:6.0%} {shares[2]:6.0%} "
+              f"{row['bars_right']:10.1%} {row['ended'] / row['n']:5.0%} {tries:>5s}  {row['first_fault']}")
+
+
+if __name__ == "__main__":
+    main()
