@@ -333,9 +333,10 @@ def ladder(models, study):
         need(not isinstance(row, str) or row in known, f"MODELS names {row}; known are {', '.join(known)}")
         size = known.get(row) if isinstance(row, str) else row
         types = [*map(type, size)] if isinstance(size, (tuple, list)) else []
-        need(types in ([str, str, int, int], [str, str, int, int, int]) and size[0] in FAMILIES,
-             f"{row}: a row of MODELS is (family, size, layers, width), for a GPT also its heads; "
-             f"families: {', '.join(FAMILIES)}")
+        named = types[:2] == [str, str] and set(types[2:]) == {int} and 4 <= len(types) <= 6
+        need(named and size[0] in FAMILIES,
+             f"{row}: a row of MODELS is (family, size, layers, width), then heads of a GPT, then how many "
+             f"trainings; families: {', '.join(FAMILIES)}")
         size = Size(*size)
         whole = min(size[2:]) > 0 and size.width % size.heads == 0
         need(whole and (FAMILIES[size.family].model.recurrent or size.width // size.heads % 2 == 0),
