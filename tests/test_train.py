@@ -382,8 +382,7 @@ def test_weights_that_share_a_storage_are_saved_apart(tiny):
 
 def test_only_a_half_trained_model_asks_for_its_device_and_going_back_is_free(tiny, monkeypatch):
     cfg, vocab = tiny
-    monkeypatch.setattr(study.tokenize, "status", lambda cfg: "up to date")
-    monkeypatch.setattr(study.tokenize, "stale", lambda cfg: "")
+    monkeypatch.setattr(study.tokenize, "status", lambda cfg, outputs=True: "up to date")
     study.train(cfg)
     models = {path: path.stat().st_mtime_ns for path in Path(cfg.SAVE_DIR).rglob("model.pt")}
     first = Path(cfg.SAVE_DIR, "gpt_8w.pt").read_bytes()
