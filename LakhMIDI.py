@@ -1533,18 +1533,18 @@ class Grid(NamedTuple):
     beats: np.ndarray  # (beats + 1,) beginnings of beats, and the last bar line
     triplet: np.ndarray  # (voices, beats + 1) bool: beats on the grid of 1/6
 
-    def steps(self, voice, ticks):
-        """What one step is where a voice is at these ticks."""
-        return np.where(self.triplet[voice, self.beat(ticks)], 8, self.step)
-
     def beat(self, ticks):
         """Number of the beat that a tick is in."""
         return np.searchsorted(self.beats, ticks, "right") - 1
 
+    def steps(self, voice, ticks):
+        """How long a step is for a voice at these ticks."""
+        return np.where(self.triplet[voice, self.beat(ticks)], 8, self.step)
+
     def quantise(self, voice, ticks):
         """Ticks with fractions -> ticks on the grid."""
-        beat = self.beat(ticks + self.step / 2)
-        begin, step = self.beats[beat], np.where(self.triplet[voice, beat], 8, self.step)
+        near = ticks + self.step / 2
+        begin, step = self.beats[self.beat(near)], self.steps(voice, near)
         return begin + np.rint((ticks - begin) / step).astype(int) * step
 
 
@@ -1897,13 +1897,11 @@ def check_notes(notes, time, cfg):
     length = float((notes.onset + notes.duration).max())
     if length > MAX_BEATS:
         raise Rejected("too_long", f"{length:.0f} beats")
-    if density(notes.onset) > 60 and density(np.interp(notes.onset, *time)) > 120:
+    # notes in the beats, and in the seconds, in which any begin
+    density = [np.unique(times.astype(int), return_counts=True)[1].mean()
+               for times in (notes.onset, np.interp(notes.onset, *time))]
+    if density[0] > 60 and density[1] > 120:
         raise Rejected("too_dense")
-
-
-def density(times):
-    """Mean number of notes in the beats, or seconds, in which any begin."""
-    return np.unique(times.astype(int), return_counts=True)[1].mean()
 
 
 def midi_to_abc(source, cfg):
@@ -2151,27 +2149,19 @@ def abc_to_midi(text):
 
 def note_f1(reference, candidate, onset_tolerance=1 / 8, durations=False):
     """F1 of notes matched by pitch and onset (length within 20 % or 1/8 beat), duplicates merged."""
-    a, b = merge_duplicates(reference), merge_duplicates(candidate)
-    places, orders = [], []
-    for notes in (a, b):
-        place = notes.pitch * 2.0**20 + notes.onset  # keeps the pitches apart
-        orders.append(np.argsort(place))
-        places.append(place[orders[-1]].tolist())
-    (some, others), pairs, i, j = places, [], 0, 0
-    while i < len(some) and j < len(others):
-        if abs(some[i] - others[j]) <= onset_tolerance + 1e-6:
-            pairs.append((i, j))
+    a, b = (sorted(zip((2.0**20 * notes.pitch + notes.onset).tolist(), notes.duration.tolist(), strict=True))
+            for notes in map(merge_duplicates, (reference, candidate)))
+    i = j = hits = 0
+    while i < len(a) and j < len(b):
+        (place, duration), (other_place, other_duration) = a[i], b[j]
+        if abs(place - other_place) <= onset_tolerance + 1e-6:
+            hits += not durations or abs(duration - other_duration) <= max(1 / 8, duration / 5) + 1e-6
             i, j = i + 1, j + 1
-        elif some[i] < others[j]:
+        elif place < other_place:
             i += 1
         else:
             j += 1
-    hits = len(pairs)
-    if durations and pairs:
-        i, j = np.array(pairs).T
-        mine, other = a.duration[orders[0][i]], b.duration[orders[1][j]]
-        hits = int((np.abs(mine - other) <= np.maximum(1 / 8, mine / 5) + 1e-6).sum())
-    return 2 * hits / (len(some) + len(others)) if some or others else 1.0
+    return 2 * hits / (len(a) + len(b)) if a or b else 1.0
 
 
 def are_drums(notes, voices):

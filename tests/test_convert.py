@@ -1,14 +1,13 @@
 """MIDI to ABC and back: fidelity on made-up music, the text as abc2midi hears it, harmful files."""
-import io
 import json
 import os
 import random
 import re
 import signal
 
-import mido
 import numpy as np
 import pytest
+import symusic
 from conftest import make_midi
 
 import LakhMIDI as study
@@ -19,34 +18,16 @@ TICKS = 480  # per beat
 
 def midi_file(voices, metres=((0, 4, 4),), tempos=((0, 120),)):
     """A MIDI file of [(program, is_drum, [(onset, duration, pitch)])]; all times in beats."""
-    midi = mido.MidiFile(ticks_per_beat=TICKS)
-    events = [(beat, mido.MetaMessage("time_signature", numerator=n, denominator=d)) for beat, n, d in metres]
-    events += [(beat, mido.MetaMessage("set_tempo", tempo=mido.bpm2tempo(qpm))) for beat, qpm in tempos]
-    midi.tracks.append(in_order(events))
-    for i, (program, drum, notes) in enumerate(voices):
-        channel = 9 if drum else i % 9
-        events = [(0, mido.Message("program_change", program=program, channel=channel))]
-        for onset, duration, pitch in notes:
-            events += [(onset, mido.Message("note_on", note=pitch, velocity=80, channel=channel)),
-                       (onset + duration - 1e-6, mido.Message("note_off", note=pitch, channel=channel))]
-        midi.tracks.append(in_order(events))
-    return saved(midi)
-
-
-def in_order(events):
-    """A track of (beat, message), with delta times."""
-    track, now = mido.MidiTrack(), 0
-    for beat, message in sorted(events, key=lambda event: event[0]):
-        tick = round(beat * TICKS)
-        track.append(message.copy(time=tick - now))
-        now = tick
-    return track
-
-
-def saved(midi):
-    file = io.BytesIO()
-    midi.save(file=file)
-    return file.getvalue()
+    score = symusic.Score(TICKS)
+    score.time_signatures.extend([symusic.TimeSignature(int(at * TICKS), n, d) for at, n, d in metres])
+    score.tempos.extend([symusic.Tempo(int(at * TICKS), qpm) for at, qpm in tempos])
+    for program, drum, notes in voices:
+        track = symusic.Track(program=program, is_drum=drum)
+        for onset, length, pitch in notes:
+            start = round(onset * TICKS)
+            track.notes.append(symusic.Note(start, round((onset + length) * TICKS) - start, pitch, 80))
+        score.tracks.append(track)
+    return score.dumps_midi()
 
 
 def everything():
@@ -69,13 +50,13 @@ def scale(beats=16, start=0, pitch=72):
     return [(start + i, 1, pitch + (0, 2, 4, 5, 7, 9, 11)[i % 7]) for i in range(beats)]
 
 
-def text_of(*voices, metres=((0, 4, 4),), tempos=((0, 120),), **knobs):
+def text_of(*voices, metres=((0, 4, 4),), tempos=((0, 120),)):
     """The ABC of piano voices, each a list of notes."""
-    return midi_to_abc(midi_file([(0, False, notes) for notes in voices], metres, tempos), Cfg(**knobs))
+    return midi_to_abc(midi_file([(0, False, notes) for notes in voices], metres, tempos), Cfg(MIN_NOTES=1))
 
 
 def one_voice(notes):
-    return notes._replace(voice=np.zeros(len(notes.pitch), int))
+    return notes._replace(voice=0 * notes.voice)
 
 
 def heard(text):
@@ -100,7 +81,7 @@ def test_everything_survives_the_round_trip():
     assert tune.faults == [] and not tune.open_end  # ... and every bar of every voice adds up
     assert tune.voices == score.voices and len(tune.voices) == 20
     again = read_score(abc_to_midi(abc))
-    assert {*again.voices} == {*tune.voices}
+    assert {*again.voices} == {*tune.voices}  # of more than 15 voices those of one program are one
     assert note_f1(one_voice(tune.notes), one_voice(again.notes), 1 / 100) > 0.998
     assert [metre[1:] for metre in again.metres] == [(4, 4), (3, 4), (6, 8)]
     assert [round(qpm) for _, qpm in again.tempos] == [90, 102, 140, 70]  # 102: the mean of a bar
@@ -110,17 +91,13 @@ def test_everything_survives_the_round_trip():
     assert programs == {program for program, drum in score.voices if not drum}
 
 
-def test_a_midi_file_has_a_track_for_each_voice():
-    text = text_of(scale(), [(i, 1, 60) for i in range(16)], [(i, 2.5, 48 + i) for i in range(9)])
-    tune, again = read_abc(text), read_score(abc_to_midi(text))
-    assert note_f1(tune.notes, again.notes, 1e-6, durations=True) == 1 and again.voices == tune.voices
-
-
 def test_the_text_is_what_section_4_says_it_is():
     voices = [[(0, 4, 62), (0, 2, 78), (2, 3, 81)],
               [(0, .33, 55), (.34, .33, 59), (.65, .33, 62), (1, 3, 55)],
               [(8 + i / 3, 1 / 3, 74 + i % 3) for i in range(24)]]
-    text = text_of(*voices, MIN_NOTES=1)
+    text = text_of(*voices)
+    tune, again = read_abc(text), read_score(abc_to_midi(text))
+    assert note_f1(tune.notes, again.notes, 1e-6, durations=True) == 1 and again.voices == tune.voices
     assert "[V:1]f4a4-&D8|[V:2](3GBdG6&z8|" in text and "[V:1]a2z6|" in text
     assert "%%MIDI chordattack 0" not in text  # there is no chord
     assert text.startswith("X:1\nL:1/8\nM:4/4\nQ:1/4=120\nK:") and "[V:3](3=d^de(3=d^de" in text
@@ -140,8 +117,6 @@ def test_where_abc2midi_has_no_room_for_all_layers_chords_end_early():
     notes = [(i, 2.5, 50 + i) for i in range(0, 16, 2)]
     reference = read_score(midi_file([(0, False, notes)] * 30)).notes
     assert note_f1(one_voice(reference), heard(text_of(*[notes] * 30))[0], 1 / 100) == 1
-    with pytest.raises(Rejected, match="too_many_voices"):
-        text_of(*[notes] * 39)
 
 
 def test_drums_have_one_layer_and_no_key():
@@ -195,15 +170,14 @@ def joined(*chunks):
 
 def test_what_other_readers_lose_is_read():
     data = midi_file([(0, False, scale())])
-    _, head, first, body = re.split(b"(?s)MThd....|MTrk....", data)
-    head, first, second = (b"MThd", head), (b"MTrk", first), (b"MTrk", body)
+    head, body = re.split(b"(?s)MThd....|MTrk....", data)[1:]
     at = body.index(b"\x90") - 1  # the delta before the first note
-    program = b"MTrk", b"\0\xc0\x28\0\xff\x2f\0"
-    cases = {"cut": data[:-1], "header": joined((b"MThd", head[1] + b"1234"), first, second),
-             "alien": joined(head, (b"JUNK", b"abc"), first, second),
-             "damaged": joined(head, first, second, (b"MTrk", b"\0\xff\5\4la l\0p\1\2")),
-             "sysex": joined(head, first, (b"MTrk", body[:at] + b"\0\xf7\3abc" + body[at:])),
-             "program": joined(head, program, second)}
+    head, music, program = (b"MThd", head), (b"MTrk", body), (b"MTrk", b"\0\xc0\x28\0\xff\x2f\0")
+    cases = {"cut": data[:-1], "header": joined((b"MThd", head[1] + b"1234"), music),
+             "alien": joined(head, (b"JUNK", b"abc"), music),
+             "damaged": joined(head, music, (b"MTrk", b"\0\xff\5\4la l\0p\1\2")),
+             "sysex": joined(head, (b"MTrk", body[:at] + b"\0\xf7\3abc" + body[at:])),
+             "program": joined(head, program, music)}
     for name, case in cases.items():
         score = read_score(case)
         assert note_f1(read_score(data).notes, score.notes, 0) > (.96 if name == "cut" else .999), name
@@ -212,15 +186,17 @@ def test_what_other_readers_lose_is_read():
     assert moved.voices == [(40, False)] and len(moved.notes.pitch) == len(scale())
 
 
-def test_a_note_ends_where_its_key_is_struck_again_and_lasts_a_beat_without_an_end():
-    def ends(*events):
-        track = mido.MidiTrack([mido.Message("note_on", note=60, velocity=80 * on, time=time)
-                                for time, on in events])
-        notes = read_score(saved(mido.MidiFile(ticks_per_beat=TICKS, tracks=[track]))).notes
-        return list(zip((notes.onset * TICKS).tolist(), (notes.duration * TICKS).tolist(), strict=True))
-    assert ends((0, 1), (100, 1), (10, 0), (90, 0)) == [(0, 100), (100, 100)]
-    assert ends((0, 1), (100, 1), (100, 1)) == [(0, 100), (100, 100), (200, TICKS)]
-    assert ends((0, 1), (100, 0), (50, 0), (50, 1), (30, 0)) == [(0, 100), (200, 30)]
+@pytest.mark.parametrize("events, notes", [
+    ([(0, 80), (100, 80), (110, 0), (200, 0)], [(0, 100), (100, 100)]),
+    ([(0, 80), (100, 80), (200, 80)], [(0, 100), (100, 100), (200, TICKS)]),
+    ([(0, 80), (100, 0), (150, 0), (200, 80), (230, 0)], [(0, 100), (200, 30)])])
+def test_a_note_ends_where_its_key_is_struck_again_and_lasts_a_beat_without_an_end(events, notes):
+    deltas = np.diff([0, *(tick for tick, _ in events)]).tolist()
+    track = b"".join(bytes([delta >> 7 | 128, delta & 127, 0x90, 60, velocity])
+                     for delta, (_, velocity) in zip(deltas, events, strict=True))
+    head = b"\0\0\0\1" + TICKS.to_bytes(2)
+    found = read_score(joined((b"MThd", head), (b"MTrk", track + b"\0\xff\x2f\0"))).notes
+    assert list(zip(found.onset * TICKS, found.duration * TICKS, strict=True)) == notes
 
 
 def test_long_silence_is_short_and_a_hung_note_costs_nothing():
@@ -228,18 +204,6 @@ def test_long_silence_is_short_and_a_hung_note_costs_nothing():
     assert "[V:1]Z498|[V:2]Z498|" in text and len(music(text)) == 5
     assert read_abc(text).n_bars == 502 and read_abc(text).faults == []
     assert len(text_of([*scale(), (0, 9_000, 40)])) < 400
-
-
-def test_a_hundredth_of_the_characters_wrong_leaves_most_notes():
-    text = midi_to_abc(everything(), Cfg())
-    start, rng, scores = text.index("[V:"), random.Random(1), []
-    for _ in range(10):
-        chars = list(text)
-        for i in range(start, len(chars)):
-            if rng.random() < 0.01:
-                chars[i] = rng.choice(["", rng.choice(text), chars[i] + rng.choice(text)])
-        scores.append(note_f1(read_abc(text).notes, read_abc("".join(chars)).notes))
-    assert np.median(scores) > 0.8
 
 
 def test_no_string_makes_the_reader_raise():
@@ -284,21 +248,16 @@ def test_a_line_can_be_tried_before_it_is_read():
 
 @pytest.mark.parametrize("data, reason", [
     (b"", "bad_header"), (b"no music", "bad_header"), (make_midi(1)[:60], "bad_bytes"),
-    (make_midi(1).replace(b"\x90", b"\xf4", 1), "bad_bytes"),
-    (make_midi(2, bars=0), "no_notes"), (midi_file([(0, False, [(0, 1, 60)])]), "too_few_notes"),
+    (make_midi(1).replace(b"\x90", b"\xf4", 1), "bad_bytes"), (make_midi(2, bars=0), "no_notes"),
+    (midi_file([(0, False, [(0, 1, 60)])]), "too_few_notes"),
     (midi_file([(0, False, [(i * 30_000, 1, 60) for i in range(9)])]), "too_long"),
-    (midi_file([(0, False, [(i / 100, 0.01, 30 + i % 80) for i in range(400)])]), "too_dense")])
+    (midi_file([(0, False, [(i / 100, 0.01, 30 + i % 80) for i in range(400)])]), "too_dense"),
+    (midi_file([(0, False, scale(500))]), "too_many_chars"),
+    (midi_file([(0, False, scale())] * 39), "too_many_voices")])
 def test_rejects_have_reasons(data, reason):
     with pytest.raises(Rejected) as reject:
-        midi_to_abc(data, Cfg())
+        midi_to_abc(data, Cfg(MAX_ABC_CHARS=600))
     assert reject.value.reason == reason
-
-
-def test_no_text_is_longer_than_allowed():
-    length = len(text_of(scale()))
-    assert len(text_of(scale(), MAX_ABC_CHARS=length)) == length
-    with pytest.raises(Rejected, match="too_many_chars"):
-        text_of(scale(), MAX_ABC_CHARS=length - 1)
 
 
 def test_mutated_files_are_converted_or_rejected():
