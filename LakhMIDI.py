@@ -5395,9 +5395,9 @@ def compose(cfg, count, prompt="", valid=False, bars=8):
 # ============================================================================================================
 # One page for two readers. A musician finds three players on the first screen, then every shown tune as a
 # card. A researcher finds what the study found in sentences, then figures, tables and a checklist. All of it
-# comes from the run's JSON and the files of the tunes: nothing is typed by hand, nothing is fetched, and text
-# from files is escaped. Rows of tables are rows of the JSON files; NAMES has what people read for their keys.
-# The one script moves a line over the piano rolls, lights up notes and seeks; without it the page is whole.
+# comes from the run's JSON and the files of the tunes: nothing is typed by hand or fetched, and text from
+# files is escaped. Rows of tables are rows of JSON; NAMES has what people read for their keys. The one script
+# moves a line over the piano rolls, lights up notes and seeks; without it the page is whole.
 
 SCRIPT = """
 for (const box of document.querySelectorAll('.play')) {
@@ -5469,7 +5469,11 @@ PAGE = TABLE + """<!doctype html>
 {%- macro card(tune) %}<div class="card"><h3>{{ tune.title }}</h3>
 <p>{{ tune.verdict }} {{ tune.heard }}</p>{{ player(tune) }}
 {% if tune.original %}<p>What the real tune did:</p>{{ player(tune.original) }}{% endif %}
-<p>{{ tune.nearest }}</p><p>Download {% for kind in ("mid", "abc") %}
+<p>{% if tune.copied and tune.copied.nearest %}Nearest training tune: {{ tune.copied.nearest }}, with
+{{ tune.copied.share | show(true) }} % of this melody; longest passage in common: bars
+{{ tune.copied.bars | join(" to ") }}, {{ tune.copied.notes }} notes.
+{% elif tune.copied %}No {{ shingle + 1 }} notes on end in common with any training tune.{% endif %}</p>
+<p>Download {% for kind in ("mid", "abc") %}
 <a download="{{ tune.name }}.{{ kind }}" href="{{ tune[kind] }}">.{{ kind }}</a>{% endfor %}</p>
 {% if tune.svg %}<details><summary>Score</summary><p>{{ tune.left_out }}</p>
 <img class="score" src="{{ tune.svg }}" alt="Score of {{ tune.title }}"></details>{% endif %}
@@ -5562,7 +5566,7 @@ def write_page(path, title, lead, groups, first=(), about=None, sections=(), cit
     script_hash = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     write_text(path, render(PAGE, title=title, lead=lead, groups=groups, first=first, about=about or {},
                             sections=sections, cite=cite, style=Markup(STYLE), script=Markup(SCRIPT),
-                            script_hash=script_hash))
+                            script_hash=script_hash, shingle=SHINGLE))
 
 
 def data_uri(path):
@@ -5592,7 +5596,7 @@ def show_tune(path, tune):
             "original": None, "news": "the model added almost nothing" if "silent" in reasons else news,
             "title": f"Tune {int(tune['name'].rpartition('_')[2])}, {show(tune['kind'])}, {form}",
             "heard": f"Heard: {heard} of {playing_time(end)}.", "verdict": verdict_in_words(reasons, parsed),
-            "roll": Markup(draw_roll(parsed, begin, given_bars)), "nearest": nearest_in_words(tune),
+            "roll": Markup(draw_roll(parsed, begin, given_bars)), "copied": tune.get("copy"),
             "left_out": html.unescape(re.search("<desc>(.*?)</desc>", score)[1])}
 
 
@@ -5605,16 +5609,6 @@ def verdict_in_words(reasons, parsed):
         found.append(WORDS.get(reason, reason.replace("_", " ")) + where)
     verdict = "Valid" if reasons in ([], ["cut"]) else "Not valid"
     return f"{verdict}{': ' * bool(found)}{'; '.join(found)}."
-
-
-def nearest_in_words(tune):
-    """The training tune that a tune has most in common with."""
-    if not tune.get("copy"):
-        return ""
-    if not tune["copy"]["nearest"]:
-        return f"No {SHINGLE + 1} notes on end in common with any training tune."
-    return ("Nearest training tune: {nearest}, with {share:.0%} of this melody; longest passage in common: "
-            "bars {bars[0]} to {bars[1]}, {notes} notes.".format(**tune["copy"]))
 
 
 def page_tunes(save, evaluation):
@@ -5677,18 +5671,15 @@ def in_short(stats, fits, evaluation):
               if row["run"] in ("real", best["run"])]
     texts.append(f"Split by file, {leak:.1%} of the held-out characters would have a version in training.")
     if best["leaked_loss"] is not None:
-        mixed = leak * best["leaked_loss"] + (1 - leak) * best["test_loss"]
-        texts[-1] += (f" On such tunes the best network loses {best['leaked_loss']:.4f} nats a character, so "
-                      f"that split would have reported about {mixed:.4f}.")
+        texts[-1] += f" On such tunes the best network loses {best['leaked_loss']:.4f} nats a character."
     return texts
 
 
 def law_tables(fits):
     """Tables of the laws; a law that was refused has no row."""
     laws = fits["families"].items()
-    stated = [law["prediction"] for _, law in laws if law.get("prediction")]
-    stated = [row | {"predicted": {"value": row["predicted"], "lo": row["lo"], "hi": row["hi"]}}
-              for row in stated]
+    stated = [row | {"predicted": estimate([row["predicted"], row["lo"], row["hi"]])}
+              for row in (law.get("prediction") for _, law in laws) if row]
     plans = [{"family": family, "n_fit": row["n"], "tokens": row["d"]} | row
              for family, law in laws for row in law.get("frontier", [])]
 
@@ -5743,8 +5734,7 @@ def data_tables(stats):
 def checklist(stats, results, fits):
     """The survey's questions, and what this run answers."""
     columns = ([row[key] for row in results["runs"]] for key in ("n_fit", "epochs", "lr"))
-    sizes, epochs, rates = map(sorted, map(set, columns))
-    method = fits["method"]
+    (sizes, epochs, rates), method = map(sorted, map(set, columns)), fits["method"]
     answered = {
         "L(N)": method["power_law"], "L(N, D)": method["parametric"], "left out": method["left_out"],
         "how things are counted": method["points"],
