@@ -3766,8 +3766,8 @@ def device_name(cfg):
 # passes it on three of four music tables.
 #
 # Left out: repeated characters at a discount (a plan stays below four passes instead), the crossing of two
-# laws (nearly always extrapolated), weights by the noise of each size (known too badly: intervals that cover
-# 56 to 91 % with three seeds; one noise for all sizes 79 to 96 %).
+# laws (nearly always extrapolated), weights by the noise of each size, which seeds tell too badly: with three
+# the interval covers 56 to 91 %, with one noise for all sizes 79 to 96 %.
 
 ROUNDING = 1e-8  # a relative difference of losses that means nothing
 MISSED = 0.03  # a held-out error beyond which an exponent is no finding
@@ -3956,8 +3956,7 @@ def fit_power_law(N, L):
         law["loo_alpha"].append(float(fit_curve(rest).best[3]))
     law["local_slopes"] = (np.diff(points.y) / np.diff(points.x)).tolist()
 
-    # N - smallest N in place of log N makes an exponential of the power law.
-    size = np.expm1(points.x)
+    size = np.expm1(points.x)  # N - smallest N in place of log N makes an exponential of the power law
     law["exponential"] = fit_curve(points._replace(x=size / np.median(size))).S
     law["log_linear"] = straight_line(L, np.log(N))
     faults = not_excluded(law, law.S, len(L))
@@ -4126,7 +4125,7 @@ def fit_parametric_loss(N, D, L, *, run_id=None, n_boot=400):
     need(run_id.shape == L.shape, "run_id must name the run of every loss")
     need(n_boot >= 2, "n_boot, the number of bootstrap draws, must be at least 2")
     counts = len(np.unique(N)), len(np.unique(D)), len(L)
-    need(counts[0] >= 4 and counts[1] >= 3 and counts[2] >= 6,
+    need(min(np.subtract(counts, (4, 3, 6))) >= 0,
          "L(N, D) needs 4 sizes, 3 token budgets and 6 points; this table has {}, {}, {}".format(*counts))
     need(abs(np.corrcoef(np.log(N), np.log(D))[0, 1]) < 0.999,
          "sizes and token budgets rise together: vary one alone")
@@ -4144,13 +4143,12 @@ def fit_parametric_loss(N, D, L, *, run_id=None, n_boot=400):
         law[name] = estimate(found if i > 2 else np.exp(found))
 
     # The largest size at its largest budget, from all runs of smaller sizes.
-    largest, budget = N.max(), D[N == N.max()].max()
-    rest, whole = N < largest, D == budget
+    n, d = N.max(), D[N == N.max()].max()
+    rest, whole, losses = N < n, (N < n) & (D == d), L[(N == n) & (D == d)]
     smaller = fit_surface(N[rest], D[rest], L[rest], run_id[rest], min(n_boot, 100))
     smaller.sigma, smaller.noise = law.sigma, law.noise
-    losses = L[~rest & whole]
-    stated = forecast(smaller, N[rest & whole], L[rest & whole], largest, D=budget, runs=len(losses))
-    law["holdout"] = with_outcome({"n": float(largest), "d": float(budget), "reason": "", **stated}, losses)
+    stated = forecast(smaller, N[whole], L[whole], n, D=d, runs=len(losses))
+    law["holdout"] = with_outcome({"n": float(n), "d": float(d), "reason": "", **stated}, losses)
 
     law["log_linear"] = straight_line(L, np.log(N), np.log(D))
     faults = not_excluded(law, np.sum(np.log(L / law_loss(law.best, N, D))**2), len(L))
@@ -4174,16 +4172,15 @@ def compute_frontier(law, flops, flops_per_parameter_token=6.0, most_tokens=np.i
     def split(p):
         p = p[..., None, :]
         alpha, beta = np.maximum(p[..., 3], 1e-3), np.maximum(p[..., 4], 1e-3)
-        n = np.exp((np.log(alpha / beta) + p[..., 0] - p[..., 1] + beta * np.log(pairs)) / (alpha + beta))
-        n = np.maximum(n, pairs / most_tokens)
+        log_n = (np.log(alpha / beta) + p[..., 0] - p[..., 1] + beta * np.log(pairs)) / (alpha + beta)
+        n = np.maximum(np.exp(np.minimum(log_n, 200)), pairs / most_tokens)
         return np.stack([n, pairs / n, law_loss(p, n, pairs / n)], -1)
     return dict(zip(("n", "d", "loss"), np.moveaxis(law.interval(split), -1, 0), strict=True))
 
 
 def plan_row(runs, surface, flops):
-    """The best use of `flops` for one family: {"flops", "n", "d", "loss", "epochs"}, or {"reason"}.
-
-    No row has more than MAX_EPOCHS passes over the training characters, or a loss that a run has reached.
+    """The best use of `flops` for one family: {"flops", "n", "d", "loss", "epochs"}, or {"reason"}: none has
+    more than MAX_EPOCHS passes over the training characters, or a loss that a run has reached.
     """
     if surface["status"] not in BELIEVED:
         return {"reason": f"no law L(N, D) to plan by: {surface['reason']}"}
