@@ -1714,6 +1714,7 @@ def spelling(sharps, octave, marked):
     return [names[pitch] for pitch in range(128)], foreign
 
 
+@functools.cache
 def length_text(ticks, unit):
     """A length as ABC writes it: '' for the unit, '3', '/', '3/', '/4', '3/4'."""
     divisor = math.gcd(ticks, unit)
@@ -1781,22 +1782,23 @@ def write_layers(lines, octaves, sharps, bars):
     for (bar, voice, _), pieces in lines.items():
         pitches = itertools.chain(*[pitches for _, _, pitches, _ in pieces])
         marked[bar, voice].update([foreign[pitch] for pitch in strange.intersection(pitches)])
-    written = {}
-    for (bar, voice, layer), pieces in lines.items():
-        names, _ = spelling(sharps, octaves[voice], "".join(sorted(marked[bar, voice])))
-        written[bar, voice, layer] = write_layer(pieces, bars[bar], bars[bar + 1], names)
-    return written
+    names = {(bar, voice): spelling(sharps, octaves[voice], "".join(sorted(letters)))[0]
+             for (bar, voice), letters in marked.items()}
+    return {(bar, voice, layer): write_layer(pieces, bars[bar], bars[bar + 1], names[bar, voice])
+            for (bar, voice, layer), pieces in lines.items()}
 
 
-def choose_unit(lines):
-    """What write_layers leaves -> n of the L:1/n that writes its lengths shortest, {length: its text}."""
+def choose_unit(lines, bars):
+    """What write_layers leaves -> n of the L:1/n that writes its lengths shortest, {length: its text}; those
+    of bars, and of four and two beats, are there too."""
     counts = Counter([length for notes in lines.values() for _, length, _ in notes])
-    texts = {n: {length: length_text(length, 4 * BEAT // n) for length in counts} for n in UNITS}
-    unit = min(UNITS, key=lambda n: sum(counts[length] * len(text) for length, text in texts[n].items()))
+    lengths = {*counts, *(stop - start for start, stop in itertools.pairwise(bars)), 4 * BEAT, 2 * BEAT}
+    texts = {n: {length: length_text(length, 4 * BEAT // n) for length in lengths} for n in UNITS}
+    unit = min(UNITS, key=lambda n: sum(count * len(texts[n][length]) for length, count in counts.items()))
     return unit, texts[unit]
 
 
-def write_bars(lines, n_voices, metres, tempos, bars, unit, sizes):
+def write_bars(lines, n_voices, metres, tempos, bars, sizes):
     """What write_layers leaves -> lines of text, one for a bar, or several silent ones, of all voices.
 
     [M:] stands in every voice and in a layer that next sounds, [Q:] in the first voice. In abcjs a Z after a
@@ -1812,8 +1814,7 @@ def write_bars(lines, n_voices, metres, tempos, bars, unit, sizes):
         if bar == len(bars) - 1:
             break
         text, metre, due = "", metres.get(bar, metre), bar + 1
-        length = bars[bar + 1] - bars[bar]
-        silence = "z" + length_text(length, 4 * BEAT // unit) if bar and bar in metres else "Z"
+        silence = "z" + sizes[bars[bar + 1] - bars[bar]] if bar and bar in metres else "Z"
         for voice, tag in enumerate(tags):
             layer = 0
             while layer == 0 or (bar, voice, layer) in lines:
@@ -1830,8 +1831,7 @@ def write_bars(lines, n_voices, metres, tempos, bars, unit, sizes):
         texts.append(text)
     if bars[1] >= 4 * BEAT:
         return texts
-    semibreve, minim = (length_text(length, 4 * BEAT // unit) for length in (4 * BEAT, 2 * BEAT))
-    return [re.sub(rf"z{semibreve}(?![/\d])", f"z{minim}z{minim}", text) for text in texts]
+    return [re.sub(rf"z{sizes[4 * BEAT]}(?![/\d])", 2 * f"z{sizes[2 * BEAT]}", text) for text in texts]
 
 
 def write_header(voices, parts, octaves, metre, tempo, unit, key, has_chords):
@@ -1880,10 +1880,10 @@ def score_to_abc(score, cfg):
 
     bars = bars.tolist()
     lines = write_layers(cut_at_bars(layers, bars), octaves, sharps, bars)
-    (unit, sizes), parts = choose_unit(lines), {(voice, layer) for _, voice, layer in lines}
+    (unit, sizes), parts = choose_unit(lines, bars), {(voice, layer) for _, voice, layer in lines}
     has_chords = any(len(pitches) > 1 for own in layers for chords in own for *_, pitches in chords)
     texts = write_header(voices, parts, octaves, metres[0], tempos.pop(0), unit, key, has_chords)
-    texts += write_bars(lines, len(voices), metres, tempos, bars, unit, sizes)
+    texts += write_bars(lines, len(voices), metres, tempos, bars, sizes)
     abc = "\n".join(texts) + "\n"
     if len(abc) > cfg.MAX_ABC_CHARS:
         raise Rejected("too_many_chars", f"{len(abc)}")
@@ -1897,10 +1897,9 @@ def check_notes(notes, time, cfg):
     length = float((notes.onset + notes.duration).max())
     if length > MAX_BEATS:
         raise Rejected("too_long", f"{length:.0f} beats")
-    # notes in the beats, and in the seconds, in which any begin
-    density = [np.unique(times.astype(int), return_counts=True)[1].mean()
-               for times in (notes.onset, np.interp(notes.onset, *time))]
-    if density[0] > 60 and density[1] > 120:
+    by_beat, by_second = (np.bincount(times.astype(int))
+                          for times in (notes.onset, np.interp(notes.onset, *time)))
+    if by_beat[by_beat > 0].mean() > 60 and by_second[by_second > 0].mean() > 120:
         raise Rejected("too_dense")
 
 
@@ -1961,7 +1960,7 @@ class Reader:
     """Reads our notation line by line: what it can't read it skips and lists in `faults`.
 
     A line is a bar of each voice, or several; its notes are placed there whatever went wrong before. `rows`
-    has the notes as lists: voice, onset and duration in beats, pitch.
+    has the chords as lists: voice, onset and duration in beats, pitches.
     """
 
     def __init__(self):
@@ -1969,7 +1968,7 @@ class Reader:
         self.voices, self.name = {}, "1"
         self.line, self.bar, self.clock = 0, 0, 0.0  # bar and beat where the line begins
         self.here = 0  # bar that is being read
-        self.ties = {}  # (voice, layer): (end of a tied chord, its pitches, its rows, fault if it ends)
+        self.ties = {}  # (voice, layer): (row of a tied chord, fault if it ends)
         self.open_bar = False  # the last line stopped inside a bar
         self.rows, self.faults, self.tempos, self.metres = [], [], [], []
 
@@ -1982,10 +1981,8 @@ class Reader:
     @property
     def voice(self):
         """The current voice, made when it is new."""
-        if self.name not in self.voices:
-            self.voices[self.name] = SimpleNamespace(
-                index=len(self.voices), octave=0, program=0, drum=False, metre=self.metre)
-        return self.voices[self.name]
+        new = SimpleNamespace(index=len(self.voices), octave=0, program=0, drum=False, metre=self.metre)
+        return self.voices.setdefault(self.name, new)
 
     def fault(self, reason, wrong=True):
         if wrong:
@@ -2055,8 +2052,8 @@ class Reader:
             for layer, part in enumerate(text.split("&")):
                 n_bars = max(n_bars, self.read_layer(voice, layer, part, start))
             self.fault("metre", voice.metre != self.metre)
-            for key, (until, *_, fault) in list(self.ties.items()):
-                if key[0] == voice.index and until < start + 1e-4:  # it had to go on in this bar
+            for key, (row, fault) in list(self.ties.items()):
+                if row[0] == voice.index and row[1] + row[2] < start + 1e-4:  # it had to go on in this bar
                     self.faults.append(fault)
                     del self.ties[key]
             bars, start = bars + n_bars, start + n_bars * voice.metre
@@ -2086,25 +2083,24 @@ class Reader:
         return n_bars
 
     def add(self, voice, layer, chord, begin, end, tie):
-        """A chord, note or rest: new rows, or those of a tied one with the same pitches, which go on."""
+        """A chord, note or rest: a new row, or that of a tied one with the same pitches, which goes on."""
         if chord[0] == "[" and chord[-1] != "]":
             self.fault("open_bracket")
-        pitches, rows = chord_pitches(chord, self.sharps, voice.octave), []
+        row, pitches = None, chord_pitches(chord, self.sharps, voice.octave)
         if (voice.index, layer) in self.ties:
-            until, tied, rows, fault = self.ties.pop((voice.index, layer))
-            if abs(until - begin) > 1e-4 or tied != pitches:
+            row, fault = self.ties.pop((voice.index, layer))
+            if abs(row[1] + row[2] - begin) > 1e-4 or row[3] != pitches:
                 self.faults.append(fault)
-                rows = []
+                row = None
         if end < begin + 1e-6:
             return
-        for row in rows:
+        if row:
             row[2] = end - row[1]
-        if not rows:
-            rows = [[voice.index, begin, end - begin, pitch] for pitch in pitches]
-            self.rows += rows
+        else:
+            row = [voice.index, begin, end - begin, pitches]
+            self.rows.append(row)
         if tie:
-            fault = Fault(self.line, self.here, self.name, "open_tie")
-            self.ties[voice.index, layer] = end, pitches, rows, fault
+            self.ties[voice.index, layer] = row, Fault(self.line, self.here, self.name, "open_tie")
 
 
 def read_abc(text):
@@ -2112,10 +2108,13 @@ def read_abc(text):
     reader = Reader()
     for line in text.splitlines():
         reader.read_line(line)
-    faults = reader.faults + [fault for *_, fault in reader.ties.values()]
+    faults = reader.faults + [fault for _, fault in reader.ties.values()]
     if not reader.key:
         faults.append(Fault(0, 0, "", "no_header"))
-    table = np.array(reader.rows, float).reshape(-1, 4)
+    chords = np.array([row[:3] for row in reader.rows], float).reshape(-1, 3)
+    sizes = np.array([len(row[3]) for row in reader.rows], int)
+    pitches = list(itertools.chain(*[row[3] for row in reader.rows]))
+    table = np.column_stack([np.repeat(chords, sizes, axis=0), pitches])
     table = table[table[:, 1] < MAX_BEATS]
     voice, onset, duration, pitch = table[np.lexsort((table[:, 3], table[:, 1], table[:, 0]))].T
     notes = Notes(voice.astype(int), onset, np.minimum(duration, MAX_BEATS - onset), pitch.astype(int))

@@ -1,5 +1,5 @@
 """MIDI to ABC and back: fidelity on made-up music, the text as abc2midi hears it, harmful files."""
-import json
+import itertools
 import os
 import random
 import re
@@ -280,6 +280,16 @@ def test_mutated_files_are_converted_or_rejected():
     assert converted > 50
 
 
+def extracted(folder, files, **knobs):
+    """The Cfg of a study of {name: bytes of a MIDI file}, ready to be converted."""
+    (folder / "midi").mkdir()
+    for name, data in files.items():
+        (folder / "midi" / name).write_bytes(data)
+    cfg = Cfg(USE_LOCAL_MIDI=True, LOCAL_MIDI_ROOT=folder / "midi", DATA_ROOT=folder / "data", **knobs)
+    study.extract(cfg)
+    return cfg
+
+
 def convert_or_die(data, cfg, convert=study.convert_one):
     """Instead of convert_one, in the worker: what becomes of a file is the first word in it."""
     if data.startswith(b"crash"):
@@ -291,16 +301,10 @@ def convert_or_die(data, cfg, convert=study.convert_one):
 
 @pytest.mark.skipif(not hasattr(signal, "pause"), reason="POSIX signals")
 def test_a_worker_that_dies_or_hangs_costs_one_file_and_a_bug_is_told(tmp_path, monkeypatch, capsys):
-    midi = tmp_path / "midi"
-    midi.mkdir()
-    (midi / "a.mid").write_bytes(make_midi(1))
-    (midi / "f.mid").write_bytes(make_midi(2))
-    for name, word in [("b.mid", b"crash"), ("c.mid", b"hang"), ("d.mid", b"bug"), ("e.mid", b"MThd")]:
-        (midi / name).write_bytes(word)
+    files = {"a.mid": make_midi(1), "b.mid": b"crash", "c.mid": b"hang", "d.mid": b"bug", "e.mid": b"MThd",
+             "f.mid": make_midi(2)}
     monkeypatch.setattr(study, "convert_one", convert_or_die)
-    cfg = Cfg(USE_LOCAL_MIDI=True, LOCAL_MIDI_ROOT=midi, DATA_ROOT=tmp_path / "data", WORKERS=2,
-              CONVERT_TIMEOUT=2)
-    study.extract(cfg)
+    cfg = extracted(tmp_path, files, WORKERS=2, CONVERT_TIMEOUT=2)
     study.convert(cfg)
     rows = list(study.read_jsonl(cfg.ABC_ROOT / "report.jsonl"))
     bug = "bug: TypeError in read_score"
@@ -310,36 +314,28 @@ def test_a_worker_that_dies_or_hangs_costs_one_file_and_a_bug_is_told(tmp_path, 
 
 
 def test_an_interrupted_conversion_goes_on_and_another_recipe_starts_anew(tmp_path, monkeypatch):
-    (tmp_path / "midi").mkdir()
-    for seed in range(6):
-        (tmp_path / "midi" / f"{seed}.mid").write_bytes(make_midi(seed))
-    (tmp_path / "midi" / "6.mid").write_bytes(b"nothing")
-    knobs = {"USE_LOCAL_MIDI": True, "LOCAL_MIDI_ROOT": tmp_path / "midi", "DATA_ROOT": tmp_path / "data"}
-    cfg, done, convert_all = Cfg(**knobs, WORKERS=1), [], study.convert_all
-    study.extract(cfg)
+    files = {f"{seed}.mid": make_midi(seed) for seed in range(6)} | {"6.mid": b"nothing"}
+    cfg, asked, convert_all = extracted(tmp_path, files, WORKERS=1), [], study.convert_all
 
     def stop_after_three(files, cfg):
-        for row, file in zip(convert_all(files, cfg), files, strict=True):
-            if len(done) == 3:
-                raise KeyboardInterrupt
-            done.append(file)
-            yield row
+        yield from itertools.islice(convert_all(files, cfg), 3)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(study, "convert_all", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
         study.convert(cfg)
     journal = cfg.ABC_ROOT / "journal.jsonl"
     journal.write_bytes(journal.read_bytes() + b'{"file": "3.mi')  # the line that was being written
-    monkeypatch.setattr(study, "convert_all",
-                        lambda files, cfg: done.extend(files) or convert_all(files, cfg))
+    monkeypatch.setattr(study, "convert_all", lambda *args: asked.extend(args[0]) or convert_all(*args))
     study.convert(cfg)
-    assert sorted(done) == [f"{i}.mid" for i in range(7)]  # each once
-    report = [json.loads(line) for line in (cfg.ABC_ROOT / "report.jsonl").read_text().splitlines()]
-    assert [row["file"] for row in report] == done and report[-1] == {"file": "6.mid", "reason": "bad_header"}
+    report = list(study.read_jsonl(cfg.ABC_ROOT / "report.jsonl"))
+    assert [row["file"] for row in report][3:] == asked and {row["file"] for row in report} == files.keys()
+    assert report[-1] == {"file": "6.mid", "reason": "bad_header"}
     assert all(row["f1"] == 1 and (cfg.ABC_ROOT / row["abc"]).is_file() for row in report[:6])
     assert np.load(cfg.ABC_ROOT / "signatures.npy").shape == (6, study.NUM_PERM) and not journal.exists()
 
-    study.convert(Cfg(**knobs, WORKERS=1, MAX_ABC_CHARS=max(row["n_chars"] for row in report[:6]) - 1))
-    texts = sorted(path.name for path in cfg.ABC_ROOT.glob("*.abc"))
-    report = [json.loads(line) for line in (cfg.ABC_ROOT / "report.jsonl").read_text().splitlines()]
-    assert texts == sorted(row["abc"] for row in report if "abc" in row) and len(texts) < 6
+    cfg.MAX_ABC_CHARS = max(row["n_chars"] for row in report[:6]) - 1
+    study.convert(cfg)
+    report = study.read_jsonl(cfg.ABC_ROOT / "report.jsonl")
+    texts = {path.name for path in cfg.ABC_ROOT.glob("*.abc")}
+    assert texts == {row["abc"] for row in report if "abc" in row} and len(texts) < 6
