@@ -4184,7 +4184,7 @@ def plan_row(runs, surface, flops):
     if surface["status"] not in BELIEVED:
         return {"reason": f"no law L(N, D) to plan by: {surface['reason']}"}
     best, one_epoch = min(runs, key=lambda run: run["val_loss"]), runs[-1]["tokens"] / runs[-1]["epochs"]
-    per_pair = runs[-1]["flops_per_token"] / runs[-1]["n_fit"]
+    per_pair = runs[-1]["flops"] / (runs[-1]["n_fit"] * runs[-1]["tokens"])
     found = compute_frontier(surface, flops, per_pair, MAX_EPOCHS * one_epoch)
     row = {"flops": float(flops), **{key: estimate(values[:, 0]) for key, values in found.items()}}
     if row["loss"]["value"] >= best["val_loss"]:
