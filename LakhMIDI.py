@@ -98,7 +98,6 @@ from scipy import optimize, stats
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 from tqdm import tqdm
 
 try:  # sound and scores, for which Linux on ARM has no wheels
@@ -2855,12 +2854,13 @@ def count_params(model):
 # Every model is trained on the same characters in the same order, so that only its size makes a difference.
 # The recipe moves the loss further than the size does: with AdamW at a constant 3e-4 a GPT of 1.4 M reached
 # 2.46 nats where this one reaches 1.29, an LSTM 2.12 and 1.25. Hence Muon for the matrices of both families,
-# and rates checked per family: none half or twice as large is more than .14 % better.
+# and rates checked in both: half the rate is .9 % worse for a GPT of 80K and 1.1 % for an LSTM of 200K, twice
+# the rate 2.1 % for the GPT.
 #
 # The rate stays constant after its warm-up, and the result of a budget of D characters is the mean of the
-# weights over the last fifth of the steps before it (torch's swa_utils; arXiv 2602.03702): one run gives a
-# result for every budget. The usual cool-down needs a branch for each, 15 % more steps, and was no better in
-# 24 of 24 comparisons of two families, several sizes and three budgets (benchmarks/LOG.md).
+# weights over the last fifth of the steps before it (arXiv 2602.03702): one run gives a result for every
+# budget. A cool-down in its place is better by .2 to .6 % at the same number of steps, but needs a branch for
+# each budget: 17 % more steps, which in more characters are worth more (benchmarks/LOG.md).
 #
 # What an interrupted run needs to go on is written every SAVE_EVERY_S; it goes on to the same bits on a CPU
 # (on a GPU to the same losses but for rounding). Each run has a folder named by all that it depends on: with
@@ -3146,14 +3146,14 @@ class Diverged(RuntimeError):
 
 class Training:
     """A model in training: its weights, their mean, and what `owned` names are in its checkpoint."""
-    owned = ("step", "losses", "curve", "rows", "seconds")
+    owned = ("step", "averaged", "losses", "curve", "rows", "seconds")
 
     def __init__(self, run, vocab_size, share, cfg):
         self.run, self.cfg, self.counted = run, cfg, cfg.BATCH_TOKENS * share
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             self.model = build_model(run.size, vocab_size, cfg).to(cfg.DEVICE)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_swa_multi_avg_fn())
+        self.average, self.averaged = copy.deepcopy(self.model), 0  # mean of the weights after so many steps
         self.optimizers = make_optimizers(self.model, cfg)
         half = amp_dtype(self.model.recurrent, cfg) == torch.float16
         self.scaler = torch.amp.GradScaler(cfg.DEVICE, enabled=half, growth_interval=100)
@@ -3174,6 +3174,13 @@ class Training:
         ids, targets = windows_now.unbind(1)
         logits = self.model(ids)[0]
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+
+    @torch.no_grad()
+    def take_into_mean(self):
+        """By our own line: torch's AveragedModel makes a GPU wait in every step (torch 2.13)."""
+        self.averaged += 1
+        now = list(self.model.parameters())
+        torch._foreach_lerp_(list(self.average.parameters()), now, 1 / self.averaged)
 
     def save(self):
         """Writes a checkpoint, but never one of weights that are no numbers over one that is of use."""
@@ -3355,7 +3362,7 @@ def train_model(run, windows, vocab, cfg, tell=lambda: None):
 
             # 7 The mean of the weights over the last fifth of this budget
             if t.step > (1 - AVERAGED) * end:
-                t.average.update_parameters(t.model)
+                t.take_into_mean()
             if t.step % log_every and t.step < end:
                 continue
 
@@ -3388,13 +3395,13 @@ def train_model(run, windows, vocab, cfg, tell=lambda: None):
             state_prediction_first(run, cfg, wait=True)
         t.rows.append(result(t, windows, held_out, end == steps))
         if end < steps:
-            t.average.n_averaged.zero_()  # the next mean begins anew
+            t.averaged = 0  # the next mean begins anew
         t.save()
         began = time.monotonic()
 
     # 11 The finished model and its record; what only an interrupted training needs goes
     write_checkpoint(run.path("model.pt", cfg), {
-        "format": CHECKPOINT_FORMAT, "model": own_weights(t.average.module), "size": list(run.size[:5]),
+        "format": CHECKPOINT_FORMAT, "model": own_weights(t.average), "size": list(run.size[:5]),
         "seq_len": cfg.SEQ_LEN, "vocab": [[*part] for part in vocab], "result": t.rows[-1]})
     size = run.path("model.pt", cfg).stat().st_size
     write_json(run.path("record.json", cfg), {"rows": t.rows, "curve": t.curve, "model_bytes": size})
@@ -3408,7 +3415,7 @@ def result(t, windows, held_out, is_last):
     headers and repeated lines among them, and make the "flops".
     """
     cfg, size, flops = t.cfg, t.run.size, t.model.flops_per_token()
-    mean, error = mean_loss(token_losses(t.average.module, held_out, cfg)[0], held_out.tokens)
+    mean, error = mean_loss(token_losses(t.average, held_out, cfg)[0], held_out.tokens)
     seen, rate = t.step * cfg.BATCH_TOKENS, float(np.median(t.curve["tokens_per_s"]))
     tokens = round(seen * windows.share)
     return {

@@ -239,12 +239,12 @@ def test_runs_killed_ten_times_end_with_the_same_bits(tiny):
 def test_every_budget_has_the_mean_of_its_last_weights(tiny, monkeypatch):
     """By a second account of the weights after each step."""
     cfg, vocab = tiny
-    weights, update = [], study.AveragedModel.update_parameters
+    weights, take = [], study.Training.take_into_mean
 
-    def noted(self, model):
-        weights.append(model.head.weight.detach().double().clone())
-        return update(self, model)
-    monkeypatch.setattr(study.AveragedModel, "update_parameters", noted)
+    def noted(t):
+        weights.append(t.model.head.weight.detach().double().clone())
+        return take(t)
+    monkeypatch.setattr(study.Training, "take_into_mean", noted)
     rows = train_run(cfg)["rows"]
     steps = round(20 * 64 / (64 * study.Windows(study.read_training(vocab, cfg)[0], vocab, 16).share))
     assert [row["main"] for row in rows] == [False, False, False, True]
