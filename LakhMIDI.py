@@ -149,11 +149,11 @@ STUDIES = {
     "smoke": Study(16_384, 1_024, 64, tuple(
         [Size("gpt", f"{d}w", 1, d, d // 8) for d in (8, 16, 24, 32)]
         + [Size("lstm", f"{h}w", 1, h) for h in (10, 20, 30, 39)])),
-    "cpu": Study(1_600_000, 2_048, 256, (
-        Size("gpt", "7K", 2, 16, 1, 3), Size("gpt", "15K", 2, 24, 1, 3), Size("gpt", "25K", 2, 32, 1, 3),
-        Size("gpt", "80K", 3, 48, 1), Size("gpt", "200K", 4, 64, 2), Size("gpt", "450K", 4, 96, 3),
-        Size("lstm", "7K", 2, 19, 1, 3), Size("lstm", "15K", 2, 29, 1, 3), Size("lstm", "25K", 2, 40, 1, 3),
-        Size("lstm", "80K", 2, 72), Size("lstm", "200K", 2, 112), Size("lstm", "450K", 2, 168))),
+    "cpu": Study(1_200_000, 2_048, 256, (
+        Size("gpt", "15K", 2, 24, 1, 3), Size("gpt", "25K", 2, 32, 1, 3), Size("gpt", "60K", 3, 40, 1),
+        Size("gpt", "150K", 4, 56, 2), Size("gpt", "400K", 4, 92, 2), Size("gpt", "1M", 5, 128, 4),
+        Size("lstm", "15K", 2, 29, 1, 3), Size("lstm", "25K", 2, 40, 1, 3), Size("lstm", "60K", 2, 60),
+        Size("lstm", "150K", 2, 96), Size("lstm", "400K", 2, 160), Size("lstm", "1M", 2, 248))),
     "full": Study(100_000_000, 65_536, 1_024, (
         Size("gpt", "1M", 5, 128, 2), Size("gpt", "5M", 6, 256, 4), Size("gpt", "20M", 8, 448, 7),
         Size("gpt", "50M", 10, 640, 10), Size("gpt", "100M", 14, 768, 12),
