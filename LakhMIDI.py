@@ -5877,8 +5877,8 @@ def banner(cfg):
         say(f"note      {gpu_fault()}")
     say(f"corpus    {cfg.corpus}\n"
         f"device    {device_name(cfg)}\n"
-        f"study     {cfg.STUDY}: {len(cfg.MODELS) * cfg.SEEDS} models x {cfg.TRAIN_TOKENS_TARGET:,} "
-        "characters\n"
+        f"study     {cfg.STUDY}: {len(cfg.MODELS)} models, {len(planned_runs(cfg))} trainings of "
+        f"{cfg.TRAIN_TOKENS_TARGET:,} characters\n"
         f"Your own data: --LMD_ZIP_PATH lmd_full.tar.gz, or --USE_LOCAL_MIDI True --LOCAL_MIDI_ROOT folder")
 
 
