@@ -227,36 +227,22 @@ class Cfg(metaclass=KnobType):
     def __init__(self, **knobs):
         given = {name: getattr(type(self), name) for name in knob_names(type(self))}
         given |= {name: checked_knob(type(self), name, value) for name, value in knobs.items()}
-        vars(self).update(settled(given), given=given, seen=None)
+        vars(self).update(settled(given), given=given)
+        vars(self).pop("source", None)
 
     def __setattr__(self, name, value):
         """Also settles anew what was left open: `cfg.STUDY = "smoke"` brings the study's SEQ_LEN."""
         self.__init__(**self.given | {name: value})
 
-    @classmethod
-    def smoke(cls, root, **knobs):
-        """A study of seconds, all files below `root`."""
-        small = {"STUDY": "smoke", "WORKERS": 1, "MAX_MIDI_FILES": 80, "EVAL_TOKENS": 4_000, "SAMPLES": 4,
-                 "SHOWN": 2, "SAMPLE_CHARS": 200, "BOOTSTRAP": 50}
-        places = {"DATA_ROOT": Path(root, "data_lakh"), "SAVE_DIR": Path(root, "runs_lakh")}
-        return cls(**places | small | knobs)
-
-    @property
+    @functools.cached_property
     def source(self):
-        """What identifies the music of this study, wherever it is; UserError if it is nowhere."""
-        return self.seen or source_id(self)
-
-    def pinned(self):
-        """A copy that has looked at its source once and for all: one run, one answer."""
-        cfg = copy.copy(self)
-        vars(cfg)["seen"] = self.source
-        return cfg
+        """What identifies the music of this study: looked at once, so that a run has one answer."""
+        return source_id(self)
 
     @property
     def corpus(self):
-        """The music of this study in words."""
-        index = read_json(self.DATA_ROOT / "midi_index.json", {})
-        return index["corpus"] if index.get("source") == self.source else find_source(self)[0]
+        """The music of this study in words, once it has been read."""
+        return read_json(self.DATA_ROOT / "midi_index.json", {}).get("corpus", "")
 
     def check(self):
         """Raises UserError for knobs that are each of the right type and make no sense together."""
@@ -328,18 +314,17 @@ def ladder(models, study):
     studies = [*reversed(STUDIES.values()), STUDIES[study]]  # a name may stand in two
     known = {size.name: size for other in studies for size in other.ladder}
     sizes = []
-    for row in models or STUDIES[study].ladder:
-        need(not isinstance(row, str) or row in known, f"MODELS names {row}; known are {', '.join(known)}")
-        size = known.get(row) if isinstance(row, str) else row
-        types = [*map(type, size)] if isinstance(size, (tuple, list)) else []
+    for model in models or STUDIES[study].ladder:
+        row = known.get(model, ()) if isinstance(model, str) else model
+        types = [*map(type, row)] if isinstance(row, (tuple, list)) else []
         named = types[:2] == [str, str] and set(types[2:]) == {int} and 4 <= len(types) <= 6
-        need(named and size[0] in FAMILIES,
-             f"{row}: a row of MODELS is (family, size, layers, width), then heads of a GPT, then how many "
-             f"trainings; families: {', '.join(FAMILIES)}")
-        size = Size(*size)
+        need(named and row[0] in FAMILIES,
+             f"MODELS: {model!r} is none of {', '.join(known)} and no row (family, size, layers, width), then "
+             f"heads of a GPT, then how many trainings, of a family {', '.join(FAMILIES)}")
+        size = Size(*row)
         whole = min(size[2:]) > 0 and size.width % size.heads == 0
         need(whole and (FAMILIES[size.family].model.recurrent or size.width // size.heads % 2 == 0),
-             f"{row}: the width of a GPT is an even multiple of its heads")
+             f"MODELS: {model!r}: the width of a GPT is an even multiple of its heads")
         sizes.append(size)
     need(len({size.name for size in sizes}) == len(sizes), "MODELS holds the same model twice")
     return tuple(sizes)
@@ -389,9 +374,10 @@ def told_for(path):
     try:
         yield
     except OSError as error:
-        if not error.strerror:  # no word of the system's: a connection, a damaged file
+        if isinstance(error, ConnectionError):
             raise
-        raise UserError(f"{error.filename or path}: {error.strerror}; see to that and run again") from error
+        reason = error.strerror or error
+        raise UserError(f"{error.filename or path}: {reason}; see to that and run again") from error
 
 
 @contextlib.contextmanager
@@ -447,9 +433,7 @@ def digest(data):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def say(message):
-    """A line for people that does not tear a progress bar apart."""
-    tqdm.write(message)
+say = tqdm.write  # a line for people that does not tear a progress bar apart
 
 
 def progress(iterable=None, desc=None, total=None, unit="it", **options):
@@ -488,13 +472,13 @@ def content(path, memory, endings=""):
     """
     if not os.path.exists(path):
         return None
-    names, numbers = [], array.array("Q")
+    names, numbers = [], []
     for name, facts in files_below(path) if os.path.isdir(path) else [("", os.stat(path))]:
         if facts and (not name or name.lower().endswith(endings)):
             names.append(name)
-            numbers.extend((facts.st_ino, facts.st_ctime_ns, facts.st_size))
+            numbers += (facts.st_ino, facts.st_ctime_ns, facts.st_size)
     listed = "\0".join(names).encode("utf-8", "surrogatepass")
-    key = hashlib.sha256(listed + numbers.tobytes()).hexdigest()[:16]
+    key = hashlib.sha256(listed + array.array("Q", numbers).tobytes()).hexdigest()[:16]
 
     known = read_json(Path(memory, "hashed.json"), {})
     if key not in known:
@@ -623,7 +607,11 @@ class Stage:
         with told_for(getattr(cfg, self.root)):
             outputs = self.body(cfg) if first or self.by_all else []
         if first:
-            held = {place_of(output, cfg): content(output, self.folder(cfg)) for output in outputs}
+            held = {}
+            for output in outputs:  # named as ABC_ROOT/report.jsonl, wherever the root folders are
+                root = next(root for root in ROOTS if output.is_relative_to(getattr(cfg, root)))
+                place = Path(root, output.relative_to(getattr(cfg, root))).as_posix()
+                held[place] = content(output, self.folder(cfg))
             write_json(path, facts | {"outputs": held, "seconds": round(time.time() - began, 1)})
             say(f"{name:9s} done in {time.time() - began:.0f} s")
         wait_for_ranks()
@@ -632,12 +620,6 @@ class Stage:
 
 def stage(**facts):
     return lambda body: Stage(body, **facts)
-
-
-def place_of(path, cfg):
-    """A path as manifests name it, wherever the root folders are: ABC_ROOT/report.jsonl."""
-    root = next(root for root in ROOTS if path.is_relative_to(getattr(cfg, root)))
-    return Path(root, path.relative_to(getattr(cfg, root))).as_posix()
 
 
 def check_guard():
@@ -653,9 +635,9 @@ def carry_out(stages, cfg, force=False):
     """Does what is left of some stages, in order, as the only run that writes to their folders; returns
     whether there was anything. What is only read is shared with other runs.
     """
+    cfg = type(cfg)(**cfg.given)  # which has not looked at its source yet
     cfg.check()
     check_guard()
-    cfg = cfg.pinned()
     mine = stages if ranks()[0] == 0 else []  # the locks are rank 0's
     roots = {one.root for one in mine if force or one.status(cfg) != "up to date"}
     worked = False
@@ -707,33 +689,35 @@ class Member(NamedTuple):
 
 
 def find_source(cfg):
-    """(the music of the study in words, its path or None, what reads it). Raises UserError if there is none.
+    """(the music of the study in words, what reads it, its path or None). Raises UserError if there is none.
 
     A reader takes (path, cfg), puts the files below MIDI_ROOT and returns the counts.
     """
-    kinds = {"LMD_DOWNLOAD": (f"the Lakh MIDI Dataset ({cfg.LMD_DOWNLOAD})", "", read_lakh),
-             "LMD_ZIP_PATH": (Path(cfg.LMD_ZIP_PATH).name, cfg.LMD_ZIP_PATH, read_archive),
-             "USE_LOCAL_MIDI": (f"folder {cfg.LOCAL_MIDI_ROOT}", cfg.LOCAL_MIDI_ROOT, index_folder),
-             "DATASET": (f"The Session ({cfg.DATASET})", cfg.DATASET, read_dump)}
+    kinds = {"LMD_DOWNLOAD": (f"the Lakh MIDI Dataset ({cfg.LMD_DOWNLOAD})", read_archive, ""),
+             "LMD_ZIP_PATH": (Path(cfg.LMD_ZIP_PATH).name, read_archive, cfg.LMD_ZIP_PATH),
+             "USE_LOCAL_MIDI": (f"folder {cfg.LOCAL_MIDI_ROOT}", index_folder, cfg.LOCAL_MIDI_ROOT),
+             "DATASET": (f"The Session ({cfg.DATASET})", read_dump, cfg.DATASET)}
     chosen = [knob for knob in kinds if getattr(cfg, knob)]
     need(len(chosen) <= 1, f"{' and '.join(chosen)} each name a source of music; set only one of them")
     need(cfg.USE_LOCAL_MIDI or not cfg.LOCAL_MIDI_ROOT,
          "LOCAL_MIDI_ROOT is read with USE_LOCAL_MIDI only: add --USE_LOCAL_MIDI True, or leave it out")
-    words, given, reader = kinds[chosen[0]] if chosen else (FOLK, "", read_folk)
-    if not chosen or cfg.LMD_DOWNLOAD or cfg.DATASET == "thesession":
-        return words, None, reader
+    if not chosen:
+        return FOLK, lambda _, cfg: write_tunes(folk_tunes(), plain_text, cfg), None
+    words, reader, given = kinds[chosen[0]]
+    if cfg.LMD_DOWNLOAD or cfg.DATASET == "thesession":
+        return words, reader, None
     path, index = Path(given), read_json(cfg.DATA_ROOT / "midi_index.json", {})
-    if path.exists() or index.get("name") != Path(os.path.abspath(path)).name:  # else it was read to its end
+    if path.exists() or index.get("name") != path.absolute().name:  # else it was read to its end
         need(not cfg.USE_LOCAL_MIDI or (given and path.is_dir()), f"LOCAL_MIDI_ROOT is {given!r}, no folder")
         meant = difflib.get_close_matches(cfg.DATASET, ["thesession"])
         hint = "did you mean thesession?" if meant else "a folder is read by USE_LOCAL_MIDI, LOCAL_MIDI_ROOT"
         need(cfg.USE_LOCAL_MIDI or path.is_file(), f"{chosen[0]}: there is no file {path}; {hint}")
-    return words, path, reader
+    return words, reader, path
 
 
 def source_id(cfg):
     """A dict that tells the source from any other. Raises UserError if there is none."""
-    path, index = find_source(cfg)[1], read_json(cfg.DATA_ROOT / "midi_index.json", {})
+    path, index = find_source(cfg)[2], read_json(cfg.DATA_ROOT / "midi_index.json", {})
     if cfg.LMD_DOWNLOAD:
         return {"content": LAKH[cfg.LMD_DOWNLOAD][1][:16]}
     if cfg.DATASET == "thesession":
@@ -754,21 +738,15 @@ def is_midi(name):
     return name.lower().endswith(MIDI_SUFFIXES)
 
 
-def rank(name):
-    """A number that orders names as neither the archive nor the file system does."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
 def name_fault(name):
     """Why a file of that name is not read, or ""."""
-    parts = re.split(r"[/\\]", name)
     if name.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")):
         return "an archive in the source; unpack it and read the folder"
     if not is_midi(name):
         return f"not {', '.join(MIDI_SUFFIXES)}"
-    if "__MACOSX" in parts or parts[-1].startswith("._"):
+    if "/._" in f"/{name}":
         return "resource fork of macOS"  # which packs ._a.mid with every a.mid
-    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in parts)
+    longest = max(len(part.encode("utf-8", "surrogatepass")) for part in re.split(r"[/\\]", name))
     return "name too long" if len(name) > 400 or longest > 230 else ""  # of 255 bytes; suffixes are to come
 
 
@@ -779,14 +757,15 @@ def size_fault(size):
 
 def choose(members, limit):
     """(the members to use, in their order, a Counter of why others are not); of more than `limit` (0: no
-    limit) those of lowest rank.
+    limit) those whose names have the lowest hashes, an order of neither the archive nor the file system.
     """
     faults = [name_fault(member.name) or member.fault for member in members]
     skipped = Counter(filter(None, faults))
     usable = [member for member, fault in zip(members, faults, strict=True) if not fault]
     if limit and len(usable) > limit:
         skipped["over MAX_MIDI_FILES"] = len(usable) - limit
-        lowest = sorted(range(len(usable)), key=lambda place: rank(usable[place].name))[:limit]
+        ranks = [hashlib.sha256(member.name.encode("utf-8", "surrogatepass")).digest() for member in usable]
+        lowest = sorted(range(len(usable)), key=ranks.__getitem__)[:limit]
         usable = [usable[place] for place in sorted(lowest)]
     return usable, skipped
 
@@ -835,7 +814,7 @@ def check_bomb(path, unpacked, members):
 def tar_members(path, tar):
     """Reads the archive to its end, which is where the checksum stands; a cut one must not pass for whole."""
     members, stream = [], tar.fileobj
-    for info in progress(iter(tar.next, None), "looking", unit="file"):
+    for info in progress(tar, "looking", unit="file"):
         check_bomb(path, tar.offset, len(members))
         fault = size_fault(info.size) if info.isreg() and not info.issparse() else "link or device"
         if not info.isdir():
@@ -858,9 +837,12 @@ def zip_members(path, archive):
 
 
 def read_archive(path, cfg):
-    """Writes the music of an archive, known by its content; returns the counts. Raises UserError if it can't
-    be read to its end.
+    """Writes the music of an archive, if none is named of Lakh's, and returns the counts. Raises UserError if
+    it can't be read to its end.
     """
+    if not path:
+        name, sha256 = LAKH[cfg.LMD_DOWNLOAD]
+        path = download(LAKH_URL + name, cfg.DATA_ROOT / "downloads" / name, sha256)
     try:
         if tarfile.is_tarfile(path):
             with tarfile.open(path, tarinfo=ShortHeaders) as tar:
@@ -869,11 +851,6 @@ def read_archive(path, cfg):
             return write_files(zip_members(path, archive), cfg)
     except DAMAGED as error:
         raise UserError(f"{path} is no ZIP or tar archive, or is cut off or damaged ({error})") from error
-
-
-def read_lakh(_, cfg):
-    name, sha256 = LAKH[cfg.LMD_DOWNLOAD]
-    return read_archive(download(LAKH_URL + name, cfg.DATA_ROOT / "downloads" / name, sha256), cfg)
 
 
 # --- ABC from elsewhere: the bundled books, The Session, a tune that a user brings
@@ -1086,10 +1063,6 @@ def folk_tunes():
     return list(tunes.items())
 
 
-def read_folk(_, cfg):
-    return write_tunes(folk_tunes(), plain_text, cfg)
-
-
 # --- The Session: the dump at https://github.com/adactio/TheSession-data, or what its pages answer as JSON
 
 TYPE_METRES = {"jig": "6/8", "slip jig": "9/8", "slide": "12/8", "polka": "2/4", "waltz": "3/4",
@@ -1234,9 +1207,9 @@ def index_folder(root, cfg):
 @stage(version=3, knobs="source MAX_MIDI_FILES")
 def extract(cfg):
     """Puts the music files of the source into MIDI_ROOT; midi_index.json says which of those there to use."""
-    index, (words, path, reader) = cfg.DATA_ROOT / "midi_index.json", find_source(cfg)
+    index, (words, reader, path) = cfg.DATA_ROOT / "midi_index.json", find_source(cfg)
     index.unlink(missing_ok=True)
-    name = path and Path(os.path.abspath(path)).name
+    name = path and path.absolute().name
     counts = {"corpus": words, "source": cfg.source, "name": name} | reader(path, cfg)
     files, skipped = counts["files"], counts["skipped"]
     need(files, f"no music files in {words}; skipped: {skipped or 'nothing'}")
@@ -3403,8 +3376,8 @@ def train_model(run, windows, vocab, cfg, tell=lambda: None):
     write_checkpoint(run.path("model.pt", cfg), {
         "format": CHECKPOINT_FORMAT, "model": own_weights(t.average), "size": list(run.size[:5]),
         "seq_len": cfg.SEQ_LEN, "vocab": [[*part] for part in vocab], "result": t.rows[-1]})
-    size = run.path("model.pt", cfg).stat().st_size
-    write_json(run.path("record.json", cfg), {"rows": t.rows, "curve": t.curve, "model_bytes": size})
+    held = content(run.path("model.pt", cfg), train.folder(cfg))
+    write_json(run.path("record.json", cfg), {"rows": t.rows, "curve": t.curve, "model": held})
     run.path("resume.pt", cfg).unlink(missing_ok=True)
 
 
@@ -3450,11 +3423,8 @@ def write_checkpoint(path, content):
 
 
 def append_line(path, row):
-    try:
-        with open(path, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror}") from error
+    with told_for(path), open(path, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(row) + "\n")
 
 
 def load_checkpoint(path):
@@ -3676,9 +3646,9 @@ def training_flops(run, windows, vocab, cfg):
 
 def finished(run, cfg):
     """The record of a run that was trained to its end and has its model, else None."""
-    record, model = read_json(run.path("record.json", cfg), {}), run.path("model.pt", cfg)
-    whole = record and model.exists() and model.stat().st_size == record["model_bytes"]
-    return record if whole else None
+    record = read_json(run.path("record.json", cfg), {})
+    held = content(run.path("model.pt", cfg), train.folder(cfg))
+    return record if record and held and record.get("model", held) == held else None
 
 
 def state_prediction_first(run, cfg, wait=False):
@@ -5875,7 +5845,7 @@ def banner(cfg):
     """What is about to happen, on what, and how to have it otherwise."""
     if cfg.given["DEVICE"] == "auto" and cfg.DEVICE == "cpu" and gpu_fault():
         say(f"note      {gpu_fault()}")
-    say(f"corpus    {cfg.corpus}\n"
+    say(f"corpus    {find_source(cfg)[0]}\n"
         f"device    {device_name(cfg)}\n"
         f"study     {cfg.STUDY}: {len(cfg.MODELS)} models, {len(planned_runs(cfg))} trainings of "
         f"{cfg.TRAIN_TOKENS_TARGET:,} characters\n"
@@ -5945,7 +5915,6 @@ def command(cfg, flags):
     elif flags.plan:
         plan(cfg, flags.plan)
     elif flags.status:
-        cfg = cfg.pinned()
         for one in STAGES:
             print(f"{one.__name__:9s} {one.status(cfg)}")
     elif flags.sample:
@@ -5953,7 +5922,7 @@ def command(cfg, flags):
     else:
         first, last = flags.only or flags.first, flags.only or flags.last
         stages_between(first, last)  # raises UserError before the banner
-        cfg, leads = cfg.pinned(), ranks()[0] == 0
+        leads = ranks()[0] == 0
         if leads:
             banner(cfg)
         worked = run_stages(cfg, first, last, flags.force)

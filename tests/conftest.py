@@ -42,6 +42,13 @@ def make_midi(seed, bars=16, program=0, transpose=0):
     return file.getvalue()
 
 
+def smoke_knobs(root, **knobs):
+    """Of a study of seconds, all files below `root`."""
+    return {"DATA_ROOT": str(root / "data_lakh"), "SAVE_DIR": str(root / "runs_lakh"), "STUDY": "smoke",
+            "WORKERS": 1, "MAX_MIDI_FILES": 80, "EVAL_TOKENS": 4_000, "SAMPLES": 4, "SHOWN": 2,
+            "SAMPLE_CHARS": 200, "BOOTSTRAP": 50} | knobs
+
+
 @pytest.fixture(scope="session")
 def midi_zip(tmp_path_factory):
     """60 different tunes, three versions of one of them, a corrupt file, an empty tune and a text file."""
@@ -61,7 +68,8 @@ def midi_zip(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory, midi_zip):
     """The cfg of a finished smoke study."""
-    cfg = LakhMIDI.Cfg.smoke(tmp_path_factory.mktemp("smoke"), LMD_ZIP_PATH=midi_zip, DEVICE="cpu")
+    root = tmp_path_factory.mktemp("smoke")
+    cfg = LakhMIDI.Cfg(**smoke_knobs(root, LMD_ZIP_PATH=midi_zip, DEVICE="cpu"))
     with pytest.MonkeyPatch.context() as patch:  # its models hardly ever draw a bar right
         patch.setattr(LakhMIDI, "MAX_TRIES", 5)
         LakhMIDI.run_stages(cfg)

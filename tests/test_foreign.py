@@ -7,6 +7,7 @@ import time
 
 import pytest
 import symusic
+from conftest import smoke_knobs
 
 import LakhMIDI as study
 from LakhMIDI import Cfg, Skip, UserError, read_json, run_stages
@@ -132,7 +133,7 @@ def extract(tmp_path):
     """extract(bytes of a dump) -> (midi_index.json, {path: bytes})."""
     def run(data):
         (tmp_path / "tunes").write_bytes(data)
-        cfg = Cfg.smoke(tmp_path, DATASET=tmp_path / "tunes", MAX_MIDI_FILES=0)
+        cfg = Cfg(**smoke_knobs(tmp_path, DATASET=tmp_path / "tunes", MAX_MIDI_FILES=0))
         study.extract(cfg, force=True)
         index = read_json(cfg.DATA_ROOT / "midi_index.json")
         assert index["seen"] == len(index["files"]) + sum(index["skipped"].values())
@@ -178,7 +179,7 @@ def test_what_is_no_dump_is_refused_in_a_line(extract, data):
 
 def test_settings_of_one_tune_stay_on_one_side(tmp_path):
     (tmp_path / "tunes.csv").write_bytes(as_csv(GOOD))
-    cfg = Cfg.smoke(tmp_path, DATASET=tmp_path / "tunes.csv", VAL_FRAC=0.1, MAX_MIDI_FILES=0)
+    cfg = Cfg(**smoke_knobs(tmp_path, DATASET=tmp_path / "tunes.csv", VAL_FRAC=0.1, MAX_MIDI_FILES=0))
     run_stages(cfg, "extract", "tokenize")
     sides = {}
     for tune in study.read_jsonl(cfg.tokens_root / "tunes.jsonl"):
@@ -189,7 +190,7 @@ def test_settings_of_one_tune_stay_on_one_side(tmp_path):
 def test_the_dump_is_fetched_once(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "THESESSION_URL", "http://127.0.0.1:9/tunes.csv")  # where no one answers
     monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
-    cfg = Cfg.smoke(tmp_path, DATASET="thesession")
+    cfg = Cfg(**smoke_knobs(tmp_path, DATASET="thesession"))
     with pytest.raises(UserError, match="can't download"):
         study.extract(cfg)
     (cfg.DATA_ROOT / "downloads/thesession.csv").write_bytes(as_csv(GOOD))

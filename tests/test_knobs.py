@@ -57,8 +57,13 @@ def test_knobs_that_make_no_sense_together(knobs):
 @pytest.mark.parametrize("flags, words", [
     ("--SEQLEN 3", "did you mean --SEQ_LEN"), ("--SEQ_LEN x", "SEQ_LEN must be"), ("--SEQ_LEN -5", ">= 0"),
     ("--LMD_ZIP_PATH missing.zip", "no file"), ("--LMD_ZIP_PATH text.zip", "no ZIP or tar"),
+    ("--LMD_ZIP_PATH empty", "LOCAL_MIDI_ROOT"), ("--DATASET thesesion", "did you mean thesession"),
+    ("--DATASET text.zip", "tunes.csv"), ("--DATASET thesession --USE_LOCAL_MIDI True", "only one"),
+    ("--LMD_DOWNLOAD lakh", "choose full, matched"), ("--LMD_DOWNLOAD full --LMD_ZIP_PATH x", "only one"),
     ("--USE_LOCAL_MIDI True --LOCAL_MIDI_ROOT empty", "no music"), ("--USE_LOCAL_MIDI True", "no folder"),
-    ("--USE_LOCAL_MIDI 1", "True or False"), ("--only dance", "dance"), ("--only fit", "run with --to fit"),
+    ("--USE_LOCAL_MIDI True --LOCAL_MIDI_ROOT gone", "no folder"), ("--USE_LOCAL_MIDI 1", "True or False"),
+    ("--LOCAL_MIDI_ROOT empty", "add --USE_LOCAL_MIDI True"), ("--only dance", "dance"),
+    ("--only fit", "run with --to fit"),
     ("--from train --to convert", "comes after"), ("--STUDY huge", "smoke"), ("--SAVE_DIR=", "name a folder"),
     ("--sample 0", "at least 1"), ("--sample -2", "at least 1"), ("--valid", "--sample N"),
     ("--sample 1", "no trained model"), ("--plan 2h", "run the study first")])

@@ -10,6 +10,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from conftest import smoke_knobs
 
 import LakhMIDI as study
 
@@ -76,7 +77,7 @@ def test_it_runs_from_the_first_cell_to_the_last(notebook, tmp_path, midi_zip, m
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     for name in ("LakhMIDI.py", "requirements.txt"):
         (tmp_path / name).symlink_to(NOTEBOOK.parent / name)
-    knobs = f"LMD_ZIP_PATH={str(midi_zip)!r}, DEVICE='cpu'"
-    knobs_cell(notebook).source = f"cfg = Cfg.smoke({str(tmp_path)!r}, {knobs})"
+    knobs = smoke_knobs(tmp_path, LMD_ZIP_PATH=str(midi_zip), DEVICE="cpu")
+    knobs_cell(notebook).source = f"cfg = Cfg(**{knobs})"
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "runs_lakh" / "report.html").exists() and check_outputs(notebook)

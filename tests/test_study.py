@@ -1,13 +1,10 @@
 """The whole study on made-up music: what it writes, when it works, how it goes on."""
 
-import contextlib
-import functools
+import itertools
 import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -18,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_midi
+from conftest import make_midi, smoke_knobs
 
 import LakhMIDI as study
 from LakhMIDI import Cfg, UserError, main, run_stages
@@ -48,16 +45,13 @@ def test_every_file_is_in_the_books(smoke):
     assert stats["round_trip_f1"]["mean"] > 0.98
 
 
-def test_versions_of_a_work_stay_on_one_side_and_out_of_the_vocabulary_of_others(smoke):
-    tunes = list(study.read_jsonl(smoke.tokens_root / "tunes.jsonl"))
-    sides = {tune["file"]: (tune["split"], tune["group"]) for tune in tunes}
+def test_versions_of_a_work_stay_on_one_side(smoke):
+    tunes = {tune["file"]: tune for tune in study.read_jsonl(smoke.tokens_root / "tunes.jsonl")}
     names = "artist 0/Title 0.mid", "versions/same.mid", "versions/UP.MID", "versions/organ.midi"
-    assert len({sides[name] for name in names}) == 1
-    assert {tune["split"] for tune in tunes} == {"train", "val", "test"}
-    by_group = {}
-    for tune in tunes:
-        by_group.setdefault(tune["group"], set()).add(tune["split"])
-    assert all(len(splits) == 1 for splits in by_group.values())
+    assert len({tunes[name]["group"] for name in names}) == 1
+    sides = {(tune["group"], tune["split"]) for tune in tunes.values()}
+    assert len(sides) == len({group for group, _ in sides})
+    assert {split for _, split in sides} == {"train", "val", "test"}
 
 
 def test_one_version_of_a_work_in_training_is_set_aside_to_measure_the_leak(smoke):
@@ -88,7 +82,7 @@ def test_unknown_characters_are_counted_not_hidden():
 
 
 def test_token_files_do_not_depend_on_order_or_workers(smoke, tmp_path, midi_zip):
-    cfg = Cfg.smoke(tmp_path, LMD_ZIP_PATH=midi_zip, WORKERS=2)
+    cfg = Cfg(**smoke_knobs(tmp_path, LMD_ZIP_PATH=midi_zip, WORKERS=2))
     run_stages(cfg, "extract", "tokenize")
     for name in ("train.bin", "val.bin", "test.bin", "vocab.json", "tunes.jsonl"):
         assert (cfg.tokens_root / name).read_bytes() == (smoke.tokens_root / name).read_bytes()
@@ -130,30 +124,41 @@ def test_a_copied_and_moved_study_is_up_to_date_without_its_source(smoke, tmp_pa
 
 
 def test_whatever_happens_to_a_file_is_noticed_and_repaired(smoke, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(smoke.DATA_ROOT, data)
-    cfg = at(smoke, data, tmp_path / "runs")
-    files = ["midi_index.json", "midi/artist 0/Title 0.mid", "abc/artist 0/Title 0.mid.abc",
-             "abc/report.jsonl", "abc/signatures.npy", "tokens/train.bin", "tokens/vocab.json"]
-    whole = {name: (data / name).read_bytes() for name in files}
+    """One is cut, doubled, swapped, changed in a byte or gone: the same command ends with the same."""
+    cfg = at(smoke, tmp_path / "data", tmp_path / "runs")
+    for root in ("DATA_ROOT", "SAVE_DIR"):
+        shutil.copytree(getattr(smoke, root), getattr(cfg, root))
+    model = next(cfg.SAVE_DIR.glob("runs/gpt_8w-*/model.pt"))
+    record = model.with_name("record.json")
+    data = ["midi_index.json", "midi/artist 0/Title 0.mid", "abc/artist 0/Title 0.mid.abc",
+            "abc/report.jsonl", "abc/signatures.npy", "tokens/train.bin", "tokens/vocab.json",
+            "manifests/convert.json"]
+    runs = ["gpt_16w.pt", "lstm_10w.pt", "scaling_results.json", "training_curves.json",
+            "manifests/train.json"]
+    files = [cfg.DATA_ROOT / name for name in data] + [cfg.SAVE_DIR / name for name in runs] + [model, record]
+    whole = {path: path.read_bytes() for path in files}
 
-    def check(name):
-        stages = (study.extract, study.convert, study.tokenize)
-        assert any(stage.status(cfg) != "up to date" for stage in stages), name
+    def damage(path, how, other):
+        path.unlink()  # what else links to it stays
+        harm = {"cut": whole[path][:-1], "doubled": whole[path] * 2, "swapped": whole[other],
+                "changed": whole[path][:99] + bytes([whole[path][99] ^ 1]) + whole[path][100:]}
+        if how != "gone":
+            path.write_bytes(harm[how])
 
-    for name, other in zip(files, files[1:] + files[:1], strict=True):
-        flipped = bytes([whole[name][0] ^ 1]) + whole[name][1:]
-        for content in (whole[name][:-1], whole[name] * 2, whole[other], flipped):
-            (data / name).write_bytes(content)
-            check(name)
-        (data / name).unlink()
-        check(name)
-        (data / name).write_bytes(whole[name])
-    for name, other in zip(files, files[1:] + files[:1], strict=True):
-        (data / name).write_bytes(whole[other])
-    shutil.copy(data / "manifests/extract.json", data / "manifests/convert.json")
-    run_stages(cfg, "extract", "tokenize")
-    assert {name: (data / name).read_bytes() for name in files} == whole
+    for path, other in zip(files, files[1:] + files[:1], strict=True):
+        for how in ("cut", "doubled", "swapped", "changed", "gone"):
+            damage(path, how, other)
+            stages = study.STAGES[:4]
+            assert any(stage.status(cfg) != "up to date" for stage in stages) or path in (model, record), how
+        path.write_bytes(whole[path])
+    for path, how in zip(files, itertools.cycle(("swapped", "changed", "cut", "gone"))):
+        damage(path, how, files[0])
+    run_stages(cfg, "extract", "train")
+    results = study.read_json(cfg.SAVE_DIR / "scaling_results.json")["runs"]
+    known = study.read_json(smoke.SAVE_DIR / "scaling_results.json")["runs"]
+    assert [row["val_loss"] for row in results] == [row["val_loss"] for row in known]
+    assert all(path.read_bytes() == whole[path] for path in files[:7])
+    assert study.load(model)[2]["val_loss"] and study.load(cfg.SAVE_DIR / "gpt_8w.pt")
 
 
 def test_one_run_owns_a_folder_and_others_may_read(smoke, tmp_path, capsys):
@@ -164,9 +169,17 @@ def test_one_run_owns_a_folder_and_others_may_read(smoke, tmp_path, capsys):
         assert f"in use by process {os.getpid()} on " in said and "since 20" in said and said.count("\n") == 1
     assert main([*flags, "--to", "extract"]) == 0  # a lock that was left does not count
     with study.owned(smoke, "DATA_ROOT", shared=True), study.owned(smoke, "DATA_ROOT", shared=True):
-        with pytest.raises(UserError, match="in use"), study.owned(smoke, "DATA_ROOT"):
+        with pytest.raises(UserError, match="in use by runs that read"), study.owned(smoke, "DATA_ROOT"):
             pass
         assert study.extract(smoke) is False  # what is up to date needs no lock
+
+
+def test_a_file_system_without_locks_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    def lock(*_):
+        raise study.portalocker.LockException("Operation not supported")
+    monkeypatch.setattr(study.portalocker, "lock", lock)
+    assert main(["--DATA_ROOT", tmp_path / "data", "--SAVE_DIR", tmp_path / "runs", "--to", "extract"]) == 2
+    assert f"{tmp_path}/data can't be locked (Operation not" in capsys.readouterr().err
 
 
 def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path, monkeypatch, capsys):
@@ -205,20 +218,25 @@ def test_a_disk_that_is_full_and_a_folder_that_is_none_are_one_line(tmp_path, ca
     assert "z.zip/manifests: Not a directory" in capsys.readouterr().err
 
 
-def test_a_killed_run_finishes_and_equals_an_unbroken_one(smoke, tmp_path, midi_zip):
-    flags = ("--STUDY smoke --DATA_ROOT data --SAVE_DIR runs --WORKERS 1 --DEVICE cpu --MAX_MIDI_FILES 80 "
-             "--SAVE_EVERY_S 0 --EVAL_TOKENS 4000 --to train --LMD_ZIP_PATH")
-    command = [sys.executable, ROOT / "LakhMIDI.py", *flags.split(), midi_zip]
-    start = functools.partial(subprocess.Popen, command, cwd=tmp_path, stdout=subprocess.DEVNULL,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-    for seconds in (4, 6, 8):
-        process = start(stderr=subprocess.DEVNULL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert start().wait() == 0
+def run_until(cfg, calls):
+    """The exit status of a fork that trains a study, and kills itself when so many files have their name."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    me, replace, count = os.getpid(), os.replace, itertools.count(1)
+
+    def counted(*paths):
+        if os.getpid() == me and next(count) == calls:
+            os.kill(me, signal.SIGKILL)
+        replace(*paths)
+    os.replace = counted
+    os._exit(0 if run_stages(cfg, "extract", "train") else 1)
+
+
+def test_a_run_that_is_killed_again_and_again_equals_an_unbroken_one(smoke, tmp_path):
+    cfg = at(smoke, tmp_path / "data", tmp_path / "runs", SAVE_EVERY_S=0.0)
+    for calls in (2, 4, 5, 7, 9, 16, 30, 21, 40):  # before an index, manifests, token files, checkpoints
+        assert run_until(cfg, calls) == -signal.SIGKILL
+    assert run_until(cfg, 0) == 0
 
     def losses(runs):
         return [(row["run"], row["tokens"], row["val_loss"])
@@ -236,7 +254,7 @@ def test_a_local_folder_is_read_in_place(tmp_path):
         (folder / f"set {seed % 2}").mkdir(parents=True, exist_ok=True)
         (folder / f"set {seed % 2}" / f"Title {seed}.MID").write_bytes(make_midi(seed))
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    cfg = Cfg.smoke(tmp_path / "study", USE_LOCAL_MIDI=True, LOCAL_MIDI_ROOT=folder)
+    cfg = Cfg(**smoke_knobs(tmp_path / "study", USE_LOCAL_MIDI=True, LOCAL_MIDI_ROOT=folder))
     run_stages(cfg, "extract", "tokenize")
     assert study.read_json(cfg.tokens_root / "stats.json")["converted"] == 12
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -244,7 +262,7 @@ def test_a_local_folder_is_read_in_place(tmp_path):
     assert study.extract.status(cfg).startswith("stale")
 
 
-def test_status_and_version_of_a_fresh_folder(tmp_path, monkeypatch, capsys):
+def test_status_of_a_fresh_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["--status"]) == 0
     assert capsys.readouterr().out.count("not run") == len(study.STAGES)
