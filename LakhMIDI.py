@@ -844,11 +844,10 @@ def read_archive(path, cfg):
         name, sha256 = LAKH[cfg.LMD_DOWNLOAD]
         path = download(LAKH_URL + name, cfg.DATA_ROOT / "downloads" / name, sha256)
     try:
-        if tarfile.is_tarfile(path):
-            with tarfile.open(path, tarinfo=ShortHeaders) as tar:
-                return write_files(tar_members(path, tar), cfg)
-        with zipfile.ZipFile(path) as archive:
-            return write_files(zip_members(path, archive), cfg)
+        with open(path, "rb") as file:
+            zipped = file.read(4) in (b"PK\3\4", b"PK\5\6")
+        with zipfile.ZipFile(path) if zipped else tarfile.open(path, tarinfo=ShortHeaders) as archive:
+            return write_files((zip_members if zipped else tar_members)(path, archive), cfg)
     except DAMAGED as error:
         raise UserError(f"{path} is no ZIP or tar archive, or is cut off or damaged ({error})") from error
 
@@ -2240,7 +2239,7 @@ def convert(cfg):
     reasons = Counter(row.get("reason", "") for row in read_jsonl(journal))
     total, accepted = reasons.total(), reasons.pop("", 0)
     need(accepted, f"no MIDI file became ABC: {dict(reasons)}")
-    signatures = np.lib.format.open_memmap(cfg.ABC_ROOT / "signatures.npy", "w+", "<u4", (accepted, NUM_PERM))
+    signatures = np.zeros((accepted, NUM_PERM), "<u4")  # a memory map dies by SIGBUS when the disk is full
     with atomic_path(cfg.ABC_ROOT / "report.jsonl") as partial, open(partial, "w", encoding="utf-8") as out:
         place, bugs = itertools.count(), {}
         for row in read_jsonl(journal):
@@ -2249,7 +2248,8 @@ def convert(cfg):
             elif row["reason"].startswith("bug"):
                 bugs.setdefault(row["reason"], row["file"])
             out.write(json.dumps(row) + "\n")
-    signatures.flush()
+    with atomic_path(cfg.ABC_ROOT / "signatures.npy") as partial, open(partial, "wb") as out:
+        np.save(out, signatures)
     journal.unlink()
     say(f"convert   {accepted:,} of {total:,} files became ABC; "
         f"rejected: {dict(reasons.most_common()) or 'none'}")

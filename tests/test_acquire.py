@@ -311,7 +311,7 @@ def server():
 
 @pytest.fixture
 def download(server, tmp_path):
-    return functools.partial(acquire.download, server.url, tmp_path / "down/x.tar.gz", SHA256, (0, 0, 0))
+    return functools.partial(acquire.download, server.url, tmp_path / "down/x.tar.gz", SHA256, pauses=(0, 0))
 
 
 def test_download_is_resumed_after_cuts_and_by_the_next_run(server, download, tmp_path):
@@ -344,7 +344,7 @@ def test_what_is_found_of_a_download_is_the_file_or_goes(download, tmp_path, par
 
 
 def test_refused_or_offline(server, download, tmp_path):
-    for status, tries in ((404, 1), (503, 5)):
+    for status, tries in ((404, 1), (503, 4)):
         server.how = {"status": status}
         with pytest.raises(UserError, match=str(status)):
             download()
