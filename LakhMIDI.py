@@ -849,7 +849,8 @@ def read_archive(path, cfg):
         with zipfile.ZipFile(path) if zipped else tarfile.open(path, tarinfo=ShortHeaders) as archive:
             return write_files((zip_members if zipped else tar_members)(path, archive), cfg)
     except DAMAGED as error:
-        raise UserError(f"{path} is no ZIP or tar archive, or is cut off or damaged ({error})") from error
+        reason = str(error).partition(":\n")[0]
+        raise UserError(f"{path} is no ZIP or tar archive, or is cut off or damaged ({reason})") from error
 
 
 # --- ABC from elsewhere: the bundled books, The Session, a tune that a user brings
