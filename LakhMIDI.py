@@ -652,9 +652,10 @@ def carry_out(stages, cfg, force=False):
 # ============================================================================================================
 # 3 Acquire: ZIP, tar, folder, download or bundled corpus -> data_lakh/midi/, midi_index.json
 # ============================================================================================================
-# Whatever the source is, it is first a list of names, of which those that MAX_MIDI_FILES leaves are read, so
-# that its order decides nothing. Archives may come from anywhere: nothing is written outside MIDI_ROOT, no
-# link or device is made, and what would swell beyond reason is refused.
+# Whatever the source is, it is first a list of members: (name, why it is not to be read or "", what returns
+# its bytes or raises Skip). Of these MAX_MIDI_FILES are chosen by their names and then read, so that the order
+# of an archive decides nothing. It may come from anywhere: nothing is written outside MIDI_ROOT, no link or
+# device is made, and what would swell beyond reason is refused.
 
 LAKH_URL = "http://hog.ee.columbia.edu/craffel/lmd/"  # https is not served there, hence the checksums
 LAKH = {  # https://colinraffel.com/projects/lmd/, in bytes: 1,768,163,879, 1,407,072,670 and 234,283,029
@@ -679,13 +680,6 @@ SPARE_DISK_BYTES = 256 * 2**20
 
 class Skip(Exception):
     """Why one file is left out; its text is the reason that is counted."""
-
-
-class Member(NamedTuple):
-    """A file of a source: its name, why it is not to be read or "", what makes its bytes or raises Skip."""
-    name: str
-    fault: str
-    read: object = None
 
 
 def find_source(cfg):
@@ -759,12 +753,12 @@ def choose(members, limit):
     """(the members to use, in their order, a Counter of why others are not); of more than `limit` (0: no
     limit) those whose names have the lowest hashes, an order of neither the archive nor the file system.
     """
-    faults = [name_fault(member.name) or member.fault for member in members]
+    faults = [name_fault(name) or fault for name, fault, _ in members]
     skipped = Counter(filter(None, faults))
     usable = [member for member, fault in zip(members, faults, strict=True) if not fault]
     if limit and len(usable) > limit:
         skipped["over MAX_MIDI_FILES"] = len(usable) - limit
-        ranks = [hashlib.sha256(member.name.encode("utf-8", "surrogatepass")).digest() for member in usable]
+        ranks = [hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest() for name, _, _ in usable]
         lowest = sorted(range(len(usable)), key=ranks.__getitem__)[:limit]
         usable = [usable[place] for place in sorted(lowest)]
     return usable, skipped
@@ -818,7 +812,7 @@ def tar_members(path, tar):
         check_bomb(path, tar.offset, len(members))
         fault = size_fault(info.size) if info.isreg() and not info.issparse() else "link or device"
         if not info.isdir():
-            members.append(Member(info.name, fault, lambda info=info: tar.extractfile(info).read()))
+            members.append((info.name, fault, lambda info=info: tar.extractfile(info).read()))
     stream.seek(tar.offset)
     if stream.read(tarfile.BLOCKSIZE).count(0) != tarfile.BLOCKSIZE:  # tarfile would take this for the end
         raise tarfile.ReadError("no end")
@@ -831,9 +825,9 @@ def zip_members(path, archive):
     infos = [info for info in archive.infolist() if not info.is_dir()]
     check_bomb(path, sum(info.file_size for info in infos), len(infos))  # zipfile reads no more than declared
     bounded = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    return [Member(info.filename, "encrypted" if info.flag_bits & 1 else
-                   "packed by another method than deflate" if info.compress_type not in bounded else
-                   size_fault(info.file_size), functools.partial(archive.read, info)) for info in infos]
+    return [(info.filename, "encrypted" if info.flag_bits & 1 else
+             "packed by another method than deflate" if info.compress_type not in bounded else
+             size_fault(info.file_size), functools.partial(archive.read, info)) for info in infos]
 
 
 def read_archive(path, cfg):
@@ -1042,7 +1036,7 @@ def read_foreign(path):
 
 def write_tunes(tunes, text_of, cfg):
     """Writes the music of [(name, what `text_of` makes ABC of)]; returns the counts."""
-    members = [Member(name, "", lambda source=source: foreign_abc_to_midi(text_of(source)))
+    members = [(name, "", lambda source=source: foreign_abc_to_midi(text_of(source)))
                for name, source in tunes]
     pool = ThreadPool(2 * cfg.WORKERS)  # they mostly wait
     try:
@@ -1159,7 +1153,7 @@ def fetch_rest(url, part):
 def read_member(member):
     """(bytes of a member, "") or (b"", why there are none)."""
     try:
-        return member.read(), ""
+        return member[2](), ""
     except (Skip, *DAMAGED) as error:
         return b"", str(error) if isinstance(error, Skip) else "damaged in the archive"
 
@@ -1175,14 +1169,14 @@ def write_files(members, cfg, apply=map):
     marker = root / ".extracted_by_LakhMIDI"  # all beside it is ours to replace
     need(not root.exists() or marker.exists() or not any(root.iterdir()),
          f"{root} holds other files; set MIDI_ROOT to an empty folder, or read them with USE_LOCAL_MIDI")
-    members = [one._replace(fault="unsafe path") if UNSAFE.match(one.name) else one for one in members]
+    members = [(name, "unsafe path" if UNSAFE.match(name) else fault, read) for name, fault, read in members]
     chosen, skipped = choose(members, cfg.MAX_MIDI_FILES)
     read = progress(apply(read_member, chosen), "extract", len(chosen), "file")
-    for member, (data, fault) in zip(chosen, read, strict=True):
+    for (name, _, _), (data, fault) in zip(chosen, read, strict=True):
         if fault := fault or size_fault(len(data)):
             skipped[fault] += 1
             continue
-        path = root / portable_path(member.name, taken)
+        path = root / portable_path(name, taken)
         with told_for(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             marker.touch()
@@ -1198,10 +1192,10 @@ def index_folder(root, cfg):
     for knob in ("DATA_ROOT", "ABC_ROOT", "SAVE_DIR"):
         need(not getattr(cfg, knob).resolve().is_relative_to(root.resolve()),
              f"{knob} is inside LOCAL_MIDI_ROOT, where nothing is written; move one of them")
-    members = [Member(name, size_fault(facts.st_size) if facts else "broken link or device")
+    members = [(name, size_fault(facts.st_size) if facts else "broken link or device", None)
                for name, facts in files_below(root)]
     chosen, skipped = choose(members, cfg.MAX_MIDI_FILES)
-    return {"files": sorted(member.name for member in chosen), "skipped": dict(skipped), "seen": len(members)}
+    return {"files": sorted(name for name, _, _ in chosen), "skipped": dict(skipped), "seen": len(members)}
 
 
 @stage(version=3, knobs="source MAX_MIDI_FILES")
@@ -5865,44 +5859,31 @@ def run_stages(cfg, first="extract", last="report", force=False):
     return carry_out(stages_between(first, last), cfg, force)
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came: the run ends as it does on Ctrl-C."""
-
-
 def main(argv=None):
     """The command line; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 or 143 stopped."""
+    def stop(number, _):  # SIGTERM, which schedulers send, ends a run as Ctrl-C does
+        raise KeyboardInterrupt(number)
+
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files may hold what the terminal lacks
             stream.reconfigure(errors="backslashreplace")
+    signals = threading.current_thread() is threading.main_thread()  # which alone may handle them
+    before = signal.signal(signal.SIGTERM, stop) if signals else None
     try:
-        with ended_by_sigterm():
-            command(*parse_flags(argv))
+        command(*parse_flags(argv))
     except UserError as mistake:
         print(f"LakhMIDI: {mistake}", file=sys.stderr)
         return 2
     except (Diverged, OSError) as failure:
         print(f"LakhMIDI: {failure}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt as interrupt:
         print("\nLakhMIDI: interrupted; the same command goes on from here", file=sys.stderr)
-        return 143 if isinstance(stop, Terminated) else 130
-    return 0
-
-
-@contextlib.contextmanager
-def ended_by_sigterm():
-    """Within it SIGTERM, which schedulers send, raises Terminated in the main thread."""
-    def stop(*_):
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
+        return 143 if interrupt.args else 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signals:
+            signal.signal(signal.SIGTERM, before)
+    return 0
 
 
 def command(cfg, flags):
