@@ -319,8 +319,8 @@ def ladder(models, study):
         types = [*map(type, row)] if isinstance(row, (tuple, list)) else []
         named = types[:2] == [str, str] and set(types[2:]) == {int} and 4 <= len(types) <= 6
         need(named and row[0] in FAMILIES,
-             f"MODELS: {model!r} is none of {', '.join(known)} and no row (family, size, layers, width), then "
-             f"heads of a GPT, then how many trainings, of a family {', '.join(FAMILIES)}")
+             f"MODELS: {model!r} is none of {', '.join(known)} and no row (family, size, layers, width, "
+             f"heads of a GPT, trainings); families: {', '.join(FAMILIES)}")
         size = Size(*row)
         whole = min(size[2:]) > 0 and size.width % size.heads == 0
         need(whole and (FAMILIES[size.family].model.recurrent or size.width // size.heads % 2 == 0),
@@ -653,9 +653,9 @@ def carry_out(stages, cfg, force=False):
 # 3 Acquire: ZIP, tar, folder, download or bundled corpus -> data_lakh/midi/, midi_index.json
 # ============================================================================================================
 # Whatever the source is, it is first a list of members: (name, why it is not to be read or "", what returns
-# its bytes or raises Skip). Of these MAX_MIDI_FILES are chosen by their names and then read, so that the order
-# of an archive decides nothing. It may come from anywhere: nothing is written outside MIDI_ROOT, no link or
-# device is made, and what would swell beyond reason is refused.
+# its bytes or raises Skip). Of these MAX_MIDI_FILES are chosen by their names and then read: the order of an
+# archive decides nothing. It may come from anywhere: nothing is written outside MIDI_ROOT, no link or device
+# is made, and what would swell beyond reason is refused.
 
 LAKH_URL = "http://hog.ee.columbia.edu/craffel/lmd/"  # https is not served there, hence the checksums
 LAKH = {  # https://colinraffel.com/projects/lmd/, in bytes: 1,768,163,879, 1,407,072,670 and 234,283,029
