@@ -5861,29 +5861,32 @@ def run_stages(cfg, first="extract", last="report", force=False):
 
 def main(argv=None):
     """The command line; returns the exit code: 0 done, 1 failed, 2 a user's mistake, 130 or 143 stopped."""
+    stopped = []
+
     def stop(number, _):  # SIGTERM, which schedulers send, ends a run as Ctrl-C does
-        raise KeyboardInterrupt(number)
+        stopped.append(number)
+        raise KeyboardInterrupt
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files may hold what the terminal lacks
             stream.reconfigure(errors="backslashreplace")
-    signals = threading.current_thread() is threading.main_thread()  # which alone may handle them
-    before = signal.signal(signal.SIGTERM, stop) if signals else None
+    signals = (signal.SIGINT, signal.SIGTERM)  # which only the main thread may handle
+    signals = signals if threading.current_thread() is threading.main_thread() else ()
+    before = [signal.signal(number, stop) for number in signals]
     try:
         command(*parse_flags(argv))
-    except UserError as mistake:
-        print(f"LakhMIDI: {mistake}", file=sys.stderr)
-        return 2
-    except (Diverged, OSError) as failure:
-        print(f"LakhMIDI: {failure}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print("\nLakhMIDI: interrupted; the same command goes on from here", file=sys.stderr)
-        return 143 if interrupt.args else 130
+        return 0
+    except (Exception, KeyboardInterrupt) as error:
+        if stopped:  # matplotlib's C++ makes a ValueError of it
+            print("\nLakhMIDI: interrupted; the same command goes on from here", file=sys.stderr)
+            return 128 + stopped[0]
+        if not isinstance(error, (UserError, Diverged, OSError)):
+            raise
+        print(f"LakhMIDI: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
     finally:
-        if signals:
-            signal.signal(signal.SIGTERM, before)
-    return 0
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 def command(cfg, flags):

@@ -196,6 +196,16 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "tmp").iterdir()) and not (tmp_path / "data/midi_index.json").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_makes_another_error_of_ends_the_run_all_the_same(number, monkeypatch):
+    def command(*_):
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        raise ValueError("Invalid bounding box")  # as matplotlib does
+    monkeypatch.setattr(study, "command", command)
+    assert main(["--status"]) == 128 + number
+
+
 @pytest.fixture
 def files_up_to():
     """files_up_to(bytes): no file may become longer, as on a disk that is full."""
