@@ -3578,9 +3578,12 @@ def train_in_turn(runs, windows, vocab, cfg, bar):
 
 def train_side_by_side(runs, windows, vocab, cfg, bar):
     """The same on a CPU, a process for each model: small models gain little from a second thread, and two
-    threads wait for each other whenever another program runs.
+    threads wait for each other whenever another program runs. At its end the longest waits for the smaller
+    ones of its family, to be predicted before it is measured.
     """
     threads = max(1, cfg.WORKERS // len(planned_runs(cfg)))
+    longest = max(runs, key=lambda run: training_flops(run, windows, vocab, cfg), default=None)
+    runs = sorted(runs, key=lambda run: run != longest)  # it begins first, or it would end alone
     with ProcessPool(cfg.WORKERS, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         try:
             jobs = {pool.schedule(train_alone, (run, os.getpid(), cfg)): run for run in runs}
