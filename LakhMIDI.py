@@ -3094,7 +3094,7 @@ class Run(NamedTuple):
 
 
 def planned_runs(cfg):
-    """Every run of the study, small to large: the largest can be predicted before it is trained."""
+    """Every run of the study, small to large: the largest can be predicted before it is measured."""
     runs, knobs = [], {knob: getattr(cfg, knob) for knob in SHARED_KNOBS.split()}
     data = tokenize.identity(cfg)
     for size in sorted(cfg.MODELS, key=rough_weights):
@@ -3553,7 +3553,7 @@ def train(cfg):
     turns = [*range(count), *reversed(range(count))]  # the largest first, to and fro: about equal shares
     mine = [run for run, turn in zip(todo[::-1], itertools.cycle(turns)) if turn == rank][::-1]
     side_by_side = cfg.DEVICE == "cpu" and count == 1 and cfg.WORKERS > 1
-    with TrainingBar(todo, windows, vocab, cfg, disable=rank > 0) as bar:
+    with contextlib.closing(TrainingBar(todo, windows, vocab, cfg, disable=rank > 0)) as bar:
         for run in (train_side_by_side if side_by_side else train_in_turn)(mine, windows, vocab, cfg, bar):
             row = finished(run, cfg)["rows"][-1]
             say(f"  {run.name:15s} {row['n_fit']:>11,} parameters  val loss {row['val_loss']:.4f} nats, "
@@ -3617,10 +3617,7 @@ class TrainingBar:
         self.bar = progress(total=sum(self.cost.values()), desc="train", disable=disable, bar_format=(
             "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"))
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
+    def close(self):
         self.bar.close()
 
     def show(self):
@@ -4251,7 +4248,7 @@ GLOSSARY = {
                "deviation of log L; exponential, log_linear: sums of squared residuals, as the objective of "
                "power_law, of c + a e^-kN and of a straight line, in log D, too; loo_alpha: without each "
                "size in turn; local_slopes: d log L / d log N between sizes",
-    "prediction": "of the largest model, stated before it was trained; holdout, holdout_two: of the largest "
+    "prediction": "of the largest model, stated before it was measured; holdout, holdout_two: of the largest "
                   "one or two sizes from the others. Each: predicted, the baselines ruler and persistence, "
                   "observed; error, ruler_error, persistence_error: relative; noise: standard error of log "
                   "observed; share_of_last_step; hit",
@@ -5659,7 +5656,7 @@ def law_tables(fits):
         return pick(rows, f"family {keys} status")
 
     return [("L(N) = a N^-alpha + c, with 95 % profile intervals", fitted("power_law", "alpha c")),
-            ("The largest network, predicted from the smaller ones before it was trained",
+            ("The largest network, predicted from the smaller ones before it was measured",
              pick(stated, "model stated_at predicted observed hit error share_of_last_step ruler_error "
                           "persistence_error")),
             ("L(N, D) = E + A / N^alpha + B / D^beta, with 95 % bootstrap intervals",
