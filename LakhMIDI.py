@@ -510,7 +510,7 @@ def owned(cfg, root, shared=False):
         return
     with told_for(folder):
         Path(folder, "manifests").mkdir(parents=True, exist_ok=True)
-        file = open(folder / "manifests" / f"{root}.lock", "a+", encoding="utf-8")
+        file = open(folder / "manifests" / f"{root}.lock", "a+b", buffering=0)
     with file:
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=file.close)  # or a worker that outlives us would keep the lock
@@ -520,12 +520,13 @@ def owned(cfg, root, shared=False):
         except portalocker.LockException as error:
             need(isinstance(error, portalocker.AlreadyLocked), f"{folder} can't be locked ({error}); {hint}")
             file.seek(0)
-            holder = file.read() or "runs that read it"
+            holder = file.read().decode() or "runs that read it"
             raise UserError(f"{folder} is in use by {holder}: wait for their end, {hint}") from error
-        file.truncate(0)
-        if not shared:
-            file.write(f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M')}")
-            file.flush()
+        with told_for(file.name):
+            file.truncate(0)
+            if not shared:
+                since = time.strftime("%Y-%m-%d %H:%M")
+                file.write(f"process {os.getpid()} on {platform.node()} since {since}".encode())
         yield
 
 
