@@ -62,7 +62,6 @@ def test_one_version_of_a_work_in_training_is_set_aside_to_measure_the_leak(smok
     assert len(last) == leaked[0]["chars"] + 2 and len(first) == leaked[0]["start"]
     models = study.read_json(Path(smoke.SAVE_DIR, "evaluation.json"))["models"]
     assert all(0 < row["leaked_loss"] < 5 for row in models)
-    assert "would have reported about" in Path(smoke.SAVE_DIR, "report.html").read_text("utf-8")
 
 
 def test_token_files_hold_the_tunes(smoke):
