@@ -3,7 +3,8 @@
     python benchmarks/bench_tokenize.py [--folder to write in] [--chars per corpus]
 
 CPU time is that of one process, without the grouping of works (bench_works.py times that). Beside it stands
-what opening and reading the files twice costs any program: is it the text or the files? Prints a table.
+what opening and reading the files twice costs any program: is it the text or the files? And what the plan of
+the windows costs, as a share of that. Prints a table.
 """
 import argparse
 import os
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy as np
 from results import keep
 
 import LakhMIDI as study
@@ -68,10 +70,13 @@ def main():
             reading, _ = cpu_seconds(only_read, tunes, cfg)
             vocab_s, vocab = cpu_seconds(study.build_vocab, tunes, cfg)
             write_s, _ = cpu_seconds(study.write_tokens, "train", tunes, vocab, cfg)
+            tokens = np.fromfile(cfg.tokens_root / "train.bin", vocab.dtype)
+            plan_s, plan = cpu_seconds(study.plan_windows, tokens, vocab, 1_024)
             megabytes = len(tunes) * length / 1e6
             rows.append({"chars_per_tune": length, "tunes": len(tunes), "peak_MB": peak_megabytes(),
                          "MB_per_s": megabytes / (vocab_s + write_s),
-                         "files_alone_MB_per_s": megabytes / reading})
+                         "files_alone_MB_per_s": megabytes / reading, "bytes_a_window": plan.itemsize,
+                         "plan_of_tokenizing_%": 100 * plan_s / (vocab_s + write_s)})
     print(" | ".join(rows[1]), "(peak_MB at the start:", f"{rows[0]['peak_MB']:.0f})")
     for row in rows[1:]:
         print(" | ".join(f"{value:,.1f}" for value in row.values()))
