@@ -81,7 +81,7 @@ def test_parameters_are_counted_by_formula_and_alike_in_both_families(family):
             assert twin == pytest.approx(1, rel=0.15)
 
 
-@pytest.mark.parametrize("name", ["gpt_80K", "lstm_80K"])
+@pytest.mark.parametrize("name", ["gpt_60K", "lstm_60K"])
 def test_a_state_remembers_what_was_read_and_nothing_sees_the_future(name):
     cfg = Cfg(STUDY="cpu", DEVICE="cpu", SEQ_LEN=32)
     torch.manual_seed(0)
@@ -407,9 +407,9 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
     handler = study.signal.signal(study.signal.SIGXFSZ, study.signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"can't write .*/resume\.pt: .*disk") as failure:
+        with pytest.raises(UserError, match=r"/resume\.pt: .*disk") as failure:
             study.write_checkpoint(tmp_path / "resume.pt", {"weights": torch.zeros(100_000)})
-        with pytest.raises(UserError, match=r"can't write .*log\.jsonl"):
+        with pytest.raises(UserError, match=r"/log\.jsonl: "):
             study.append_line(tmp_path / "log.jsonl", {"text": "x" * 20_000})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
