@@ -3585,7 +3585,8 @@ def train_side_by_side(runs, windows, vocab, cfg, bar):
     threads = max(1, cfg.WORKERS // len(planned_runs(cfg)))
     longest = max(runs, key=lambda run: training_flops(run, windows, vocab, cfg), default=None)
     runs = sorted(runs, key=lambda run: run != longest)  # it begins first, or it would end alone
-    with ProcessPool(cfg.WORKERS, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    processes = max(1, min(cfg.WORKERS, len(runs)))
+    with ProcessPool(processes, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         try:
             jobs = {pool.schedule(train_alone, (run, os.getpid(), cfg)): run for run in runs}
             while jobs:
