@@ -3579,12 +3579,13 @@ def train_in_turn(runs, windows, vocab, cfg, bar):
 
 def train_side_by_side(runs, windows, vocab, cfg, bar):
     """The same on a CPU, a process for each model: small models gain little from a second thread, and two
-    threads wait for each other whenever another program runs. At its end the longest waits for the smaller
-    ones of its family, to be predicted before it is measured.
+    threads wait for each other whenever another program runs.
     """
     threads = max(1, cfg.WORKERS // len(planned_runs(cfg)))
-    longest = max(runs, key=lambda run: training_flops(run, windows, vocab, cfg), default=None)
-    runs = sorted(runs, key=lambda run: run != longest)  # it begins first, or it would end alone
+    cost = Counter()  # the family that takes longest goes first: its largest model must not end alone
+    for run in runs:
+        cost[run.size.family] += training_flops(run, windows, vocab, cfg)
+    runs = sorted(runs, key=lambda run: -cost[run.size.family])
     processes = max(1, min(cfg.WORKERS, len(runs)))
     with ProcessPool(processes, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         try:
