@@ -4168,8 +4168,10 @@ def plan_row(runs, surface, flops):
 
 
 def by_family(rows):
-    """{family: its rows of scaling_results.json, the largest model with the largest budget last}."""
-    families = {row["family"]: [] for row in rows}
+    """{family: its rows of scaling_results.json, the largest model with the largest budget last}, in the
+    order of FAMILIES."""
+    there = {row["family"] for row in rows}
+    families = {family: [] for family in FAMILIES if family in there}
     for row in sorted(rows, key=lambda row: (row["n_fit"], row["tokens"])):
         families[row["family"]].append(row)
     return families
@@ -4286,7 +4288,7 @@ def fit_family(runs, stated, n_boot):
     return out
 
 
-@stage(version=4, knobs="BOOTSTRAP", reads=(tokenize, train), root="SAVE_DIR")
+@stage(version=5, knobs="BOOTSTRAP", reads=(tokenize, train), root="SAVE_DIR")
 def fit(cfg):
     """Laws, comparison, figures: scaling_results.json -> fits.json, scaling_points.csv, *.png in SAVE_DIR."""
     folder = Path(cfg.SAVE_DIR)
