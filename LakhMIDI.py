@@ -4170,8 +4170,8 @@ def plan_row(runs, surface, flops):
 def by_family(rows):
     """{family: its rows of scaling_results.json, the largest model with the largest budget last}, in the
     order of FAMILIES."""
-    there = {row["family"] for row in rows}
-    families = {family: [] for family in FAMILIES if family in there}
+    there = [row["family"] for row in rows]
+    families = {family: [] for family in [*FAMILIES, *there] if family in there}
     for row in sorted(rows, key=lambda row: (row["n_fit"], row["tokens"])):
         families[row["family"]].append(row)
     return families
