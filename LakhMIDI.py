@@ -4700,7 +4700,8 @@ def check_abc(text, ended=True, prompt=""):
     """
     text = text if ended else whole_bars(text)
     faults, found = reader_faults(text, ended, prompt)
-    reasons = sorted(faults or abc2midi_faults(text)) + ["cut"] * (not ended)
+    heard = text if ended else re.sub(r"-(?=[^\n]*\n*\Z)", "", text)  # without the ties of the last line
+    reasons = sorted(faults or abc2midi_faults(heard)) + ["cut"] * (not ended)
     first = found.pop("first_fault") or "".join(reasons[:1])
     return {"valid": not reasons, "reasons": reasons, "first_fault": first, **found}
 
@@ -5084,7 +5085,7 @@ def emergence_row(tunes, copy_limit, repeats, cfg):
     return row
 
 
-@stage(version=5, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP",
+@stage(version=6, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP",
        reads=(extract, tokenize, train), root="SAVE_DIR")
 def evaluate(cfg):
     """Test losses of every model; its tunes, judged, compared with real ones, searched for copies, shown."""

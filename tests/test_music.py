@@ -183,6 +183,13 @@ def test_bars_are_counted_in_every_voice_and_a_header_must_be_whole():
         assert not study.reader_faults(broken)[1]["header"]
 
 
+def test_ties_into_what_was_cut_are_no_fault_of_several_voices():
+    head = "X:1\nL:1/8\nM:4/4\nQ:1/4=120\nK:C\nV:1\nV:2\n"
+    lines = "[V:1]cdefgfed|[V:2]C4E4|\n[V:1]efgagfed|[V:2]G4E4|\n[V:1]c4d4-|[V:2]C8-|\n[V:1]d8"
+    assert check_abc(head + lines, ended=False)["reasons"] == ["cut"]
+    assert "open_tie" in check_abc(head + lines.rpartition("[V:1]")[0])["reasons"]
+
+
 def test_abc2midi_judges_the_text_itself_and_a_judge_that_cannot_run_is_no_verdict(monkeypatch):
     read, wrong = study.read_abc, study.read_abc(TUNE)
     wrong = wrong._replace(notes=wrong.notes._replace(pitch=wrong.notes.pitch + 1))
