@@ -206,7 +206,7 @@ class Cfg(metaclass=KnobType):
     SEED = 1337  # everything random follows from it
     # --- optimiser
     LR = 0.01  # peak learning rate of the weight matrices (Muon)
-    LR_ADAM = 0.01  # peak learning rate of all other weights (AdamW) at width 128, see peak_rates
+    LR_ADAM = 0.01  # peak learning rate of all other weights (AdamW) at width 128, see make_optimizers
     BETAS = (0.9, 0.95)  # of AdamW
     WEIGHT_DECAY = 0.1  # decoupled, on the weight matrices
     CLIP_NORM = 1.0  # gradients are scaled down to this L2 norm

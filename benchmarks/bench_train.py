@@ -439,7 +439,7 @@ def main():
         parser.error(f"no tokens in {args.data_root}: python LakhMIDI.py --to tokenize --DATA_ROOT ...")
     cuda = torch.cuda.is_available()
     args.tokens = args.tokens or (20_000_000 if cuda else 0)
-    far_apart = "gpt_1M,gpt_20M,lstm_1M,lstm_20M" if cuda else "gpt_80K,gpt_1M,lstm_80K,lstm_1M"
+    far_apart = "gpt_1M,gpt_20M,lstm_1M,lstm_20M" if cuda else "gpt_60K,gpt_1M,lstm_60K,lstm_1M"
     args.models, args.knobs = (args.models or far_apart).split(","), args.knobs.split(",")
     args.factors, args.rival_lrs = (list(map(float, x.split(","))) for x in (args.factors, args.rival_lrs))
     args.seed_list = range(args.first_seed, args.first_seed + args.seeds)

@@ -2,7 +2,7 @@
 
     python LakhMIDI.py --to tokenize --DATA_ROOT DATA_ROOT --USE_LOCAL_MIDI True --LOCAL_MIDI_ROOT folder
     python benchmarks/bench_voices.py DATA_ROOT --USE_LOCAL_MIDI True --LOCAL_MIDI_ROOT folder \
-        [--MODELS gpt_80K,gpt_450K] [--SEQ_LEN 512] [other knobs]
+        [--MODELS gpt_60K,gpt_400K] [--SEQ_LEN 512] [other knobs]
 
 Prints a row for each model and kind of sample, real held-out tunes first. Bars right: share of the bars, in
 every voice, that the reader measures as right; loops don't count. Tries: lines drawn for one that was kept.
