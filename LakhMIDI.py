@@ -2641,7 +2641,7 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)  # to make it anew would cost a quarter of the attention
 def causal_mask(T, dtype):
     """(T, T): minus infinity where a character would see one that comes after it, else 0."""
     return torch.full((T, T), -math.inf, dtype=dtype).triu(1)
@@ -2731,20 +2731,17 @@ class GPT(nn.Module):
         place = read[:, None] + torch.arange(T)  # (B, T), in the window of each row
         length = int(read.max()) + T
         seen = torch.arange(length) <= place[:, None, :, None]  # (B, 1, T, length)
-        seen = None if seen.all() else seen.to(x.device)  # rows that stand side by side need no mask
-        place = place.to(x.device)
+        seen = None if seen.all() else seen.to(x.device, non_blocking=True)  # rows side by side need none
+        place = place.to(x.device, non_blocking=True)
         cos, sin = self.cos[place][:, None], self.sin[place][:, None]
         for block, block_state in zip(self.blocks, states, strict=True):
             x = block(x, cos, sin, block_state, place, length, seen)
         return self.head(rms_norm(x)), [read + T, states]
 
-    def matmul_params(self):
-        """Weights of the matrix products of a character: all but the embedding and the mixing weights."""
-        return 12 * self.size.layers * self.size.width**2 + self.head.weight.numel()
-
     def flops_per_token(self):
         """Forward and backward: 6 per weight, and attention over half of the window (PaLM, appendix B)."""
-        return 6 * self.matmul_params() + 6 * self.size.layers * self.seq_len * self.size.width
+        L, d = self.size.layers, self.size.width
+        return 6 * (12 * L * d**2 + self.head.weight.numel() + L * self.seq_len * d)
 
 
 class LSTM(nn.Module):
@@ -2779,12 +2776,8 @@ class LSTM(nn.Module):
         logits = self.head(rms_norm(x.transpose(0, 1)))
         return logits, state and [torch.stack(parts, dim=1) for parts in zip(*after, strict=True)]
 
-    def matmul_params(self):
-        """Weights that every character is multiplied with: all but embedding and biases."""
-        return 8 * self.size.layers * self.size.width**2 + self.head.weight.numel()
-
     def flops_per_token(self):
-        return 6 * self.matmul_params()
+        return 6 * (8 * self.size.layers * self.size.width**2 + self.head.weight.numel())
 
 
 class Family(NamedTuple):
@@ -2836,8 +2829,8 @@ def count_params(model):
 # other knobs it gets another one, and with the old knobs the old one is found again.
 #
 # Several processes of a torchrun train a model each: a ladder is then done when its longest models are, and
-# LSTMs, whose characters follow each other, would gain nothing from sharing a batch. Left out: a model larger
-# than one GPU (torch's FullyShardedDataParallel would be the way), gradients shared among processes.
+# no work of Muon is done twice. Left out: DistributedDataParallel, by an estimate twice as slow for a ladder
+# and of no use to LSTMs (benchmarks/LOG.md), and for a model larger than one GPU FullyShardedDataParallel.
 
 
 class Muon(torch.optim.Optimizer):
@@ -3047,8 +3040,7 @@ EVAL_BATCH = 16_384  # characters per forward pass of an evaluation, whatever th
 def token_losses(model, windows, cfg):
     """The loss in nats of every character, and its place in its window: (n,) float32, (n,) for n tokens.
 
-    Not a number for the start of a tune, which is not counted. float32 on a CPU, the type of the training on
-    CUDA.
+    Not a number for the start of a tune, which is not counted. float32 on a CPU, on CUDA as in training.
     """
     device, batch = next(model.parameters()).device, max(1, EVAL_BATCH // windows.seq_len)
     precision = autocast(model, cfg) if device.type == "cuda" else contextlib.nullcontext()
@@ -3113,8 +3105,16 @@ class Diverged(RuntimeError):
     """A training loss that is no number, worse than guessing, or far above those before it."""
 
 
+def summed_loss(model, windows_now):
+    """Of the counted characters of (B, 2, T), as Windows.read gives them."""
+    ids, targets = windows_now.unbind(1)
+    logits = model(ids)[0]
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+
+
 class Training:
-    """A model in training: its weights, their mean, and what `owned` names are in its checkpoint."""
+    """A model in training: its weights, their mean, and what `owned` names are in its checkpoint. It never
+    refers to itself: a CUDA graph that the collector destroys spoils one that is captured then."""
     owned = ("step", "averaged", "losses", "curve", "rows", "seconds")
 
     def __init__(self, run, vocab_size, share, cfg):
@@ -3127,22 +3127,16 @@ class Training:
         half = amp_dtype(self.model.recurrent, cfg) == torch.float16
         self.scaler = torch.amp.GradScaler(cfg.DEVICE, enabled=half, growth_interval=100)
         self.micro = windows_per_pass(self.model, cfg)
-        self.loss_of = self.plain_loss
+        self.loss_of = summed_loss
         self.graph, self.graphed = None, cfg.DEVICE == "cuda" and cfg.COMPILE
         self.compiled = self.graphed and not self.model.recurrent  # cuDNN's LSTM needs no compiling
         if self.compiled:
             torch.compiler.reset()  # its cache is of the code: another size would be a change of shapes
-            self.loss_of = torch.compile(self.plain_loss, dynamic=False)
+            self.loss_of = torch.compile(summed_loss, dynamic=False)
         self.step, self.seconds = 0, 0.0
         self.losses = []  # of every step so far; not a number where the step was skipped
         self.curve = {"tokens": [], "train_loss": [], "lr": [], "tokens_per_s": []}
         self.rows = []  # one result for each budget that is done
-
-    def plain_loss(self, windows_now):
-        """Sum of the losses of the counted characters of (B, 2, T), as Windows.read gives them."""
-        ids, targets = windows_now.unbind(1)
-        logits = self.model(ids)[0]
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
 
     @torch.no_grad()
     def take_into_mean(self):
@@ -3187,17 +3181,18 @@ class Training:
             try:
                 return self.passes(batch)
             except Exception as error:  # torch.compile raises whatever its many parts do
-                reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
-                # cuBLAS and cuDNN tell of a full GPU by a plain RuntimeError
-                if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in reason:
+                words = f"{type(error).__name__}: {error}"
+                reason = words.partition("\n")[0][:200]
+                # cuBLAS, cuDNN, the driver and torch.compile have words of their own for a full GPU
+                if re.search("(?i)out ?of ?memory|alloc(ation)?_failed", words):
                     need(self.micro > 1, "out of memory with one window; lower SEQ_LEN or drop this model")
                     self.micro //= 2
                     say(f"{self.run.name}: out of memory, going on with {self.micro} windows per pass")
-                elif self.graphed:
+                elif self.graph:  # else it did not come to that: see capture()
                     self.graphed = False
                     say(f"{self.run.name}: going on without a CUDA graph, which failed ({reason})")
                 elif self.compiled:
-                    self.compiled, self.loss_of = False, self.plain_loss
+                    self.compiled, self.loss_of = False, summed_loss
                     say(f"{self.run.name}: going on without torch.compile, which failed ({reason})")
                 else:
                     raise
@@ -3226,22 +3221,23 @@ class Training:
     def one_pass(self, windows_now):
         """Adds the gradients of a few windows to those that are there; returns their share of the loss."""
         with autocast(self.model, self.cfg):
-            loss = self.loss_of(windows_now)
+            loss = self.loss_of(self.model, windows_now)
         loss = loss / self.counted  # of a batch on average: a constant, so that a CUDA graph can hold it
         self.scaler.scale(loss).backward()
         return loss.detach()
 
     def capture(self, windows_now):
         """Makes a CUDA graph of one_pass(), after passes that compile it and choose its algorithms."""
-        self.graph_input, graph, stream = windows_now.clone(), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self.graph_input, stream = windows_now.clone(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # a capture that fails would not leave it
             for _ in range(3):
                 self.one_pass(self.graph_input)
+            gc.collect()  # nothing is left to be collected during the capture
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.graph_loss = self.one_pass(self.graph_input)
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, stream=stream):
-            self.graph_loss = self.one_pass(self.graph_input)
-        self.graph = graph
 
 
 def windows_per_pass(model, cfg):
@@ -3264,19 +3260,13 @@ def divergence(losses, batch_tokens, vocab_size):
     finite, n = np.array(losses)[np.isfinite(losses)], max(1, CHECKED_CHARS // batch_tokens)
     if not np.isfinite(losses[-25:]).any():
         return "no finite gradient in 25 steps on end" if len(losses) >= 25 else ""
-    limit, means = 2 * math.log(vocab_size), finite[len(finite) % n:].reshape(-1, n).mean(axis=1)
-    if len(means) > 1:
-        limit = min(limit, 2 * means[:-1].min())
+    means = finite[len(finite) % n:].reshape(-1, n).mean(axis=1)
+    limit = min([2 * math.log(vocab_size), *(2 * means[:-1])])
     now = finite[-n:].mean()
     return "" if now <= limit else f"a mean loss of {now:.3g}, where {limit:.3g} is the limit"
 
 
 AVERAGED = 0.2  # share of the steps before a budget over which the weights are averaged
-
-
-def budget_steps(steps, cfg):
-    """The steps after which a result is due, in order."""
-    return sorted({max(1, round(share * steps)) for share in cfg.BUDGETS})
 
 
 def schedule_steps(windows, cfg):
@@ -3304,7 +3294,7 @@ def train_model(run, windows, vocab, cfg, tell=lambda: None):
         log.unlink(missing_ok=True)
     began = saved = time.monotonic()
     new_losses = []
-    for end in budget_steps(steps, cfg)[len(t.rows):]:
+    for end in sorted({max(1, round(share * steps)) for share in cfg.BUDGETS})[len(t.rows):]:
         while t.step < end:
             # 3 The windows of this step: a function of seed and step
             batch = windows.read(windows.chosen(t.step, cfg.batch, run.seed), cfg.DEVICE)
@@ -3344,8 +3334,7 @@ def train_model(run, windows, vocab, cfg, tell=lambda: None):
                                f"last good state is {run.path('resume.pt', cfg)}")
             rate = len(new_losses) * cfg.BATCH_TOKENS / max(now - began, 1e-9)
             t.seconds, began = t.seconds + now - began, now
-            learned = [loss for loss in new_losses if math.isfinite(loss)]
-            if learned:
+            if learned := [loss for loss in new_losses if math.isfinite(loss)]:
                 point = {"tokens": round(t.step * t.counted), "train_loss": statistics.fmean(learned),
                          "lr": cfg.LR * share, "tokens_per_s": rate}
                 for key, value in point.items():
@@ -3363,8 +3352,7 @@ def train_model(run, windows, vocab, cfg, tell=lambda: None):
         if end == steps:
             state_prediction_first(run, cfg, wait=True)
         t.rows.append(result(t, windows, held_out, end == steps))
-        if end < steps:
-            t.averaged = 0  # the next mean begins anew
+        t.averaged = 0  # the next mean begins anew
         t.save()
         began = time.monotonic()
 
@@ -3484,7 +3472,7 @@ def ranks():
     waiting.start()
     try:
         store = dist.TCPStore(*address, is_master=rank == 0 and not hosted, wait_for_workers=False,
-                              timeout=datetime.timedelta(seconds=LOST_S))
+                              timeout=datetime.timedelta(seconds=START_S))
     except dist.DistError as error:
         raise UserError(f"no process of rank 0 at {address[0]}:{address[1]}") from error
     finally:
@@ -3494,7 +3482,8 @@ def ranks():
     return rank, count, store
 
 
-LOST_S = 180  # a process that shows no sign of life for so many seconds is lost
+START_S, LOST_S = 180, 45  # seconds without a first, or another, sign of life until a process is lost
+SIGNS = {}  # of life of other processes: the newest, and when it was first seen here
 
 
 def show_life(rank, store):
@@ -3504,28 +3493,37 @@ def show_life(rank, store):
             time.sleep(5)
 
 
-def wait_for_ranks():
-    """Goes on when all processes have come here; ConnectionError if one of them is lost."""
-    rank, count, store = ranks()
-    if count == 1:
-        return
-    began, signs, told = time.monotonic(), {}, False
+def counter(name, step=0):
+    """A counter that all processes see, after a step."""
     try:
-        here = store.add(f"came {rank}", 1)
-        while late := [other for other in range(count) if store.add(f"came {other}", 0) < here]:
-            now = time.monotonic()
-            for other in late:
-                sign = store.add(f"alive {other}", 0)
-                if other not in signs or signs[other][0] != sign:
-                    signs[other] = sign, now
-                elif now - signs[other][1] > LOST_S:
-                    raise ConnectionError(f"the process of rank {other} is lost; the same command goes on")
-            absent = sum(sign == 0 for sign, _ in signs.values())
-            if absent and not told and now - began > 8:
-                told = say(f"waiting for {absent} of {count} processes") or True
-            time.sleep(0.1)
+        return ranks()[2].add(name, step)
     except dist.DistError as error:
         raise ConnectionError("the process of rank 0 is lost; the same command goes on") from error
+
+
+def look_for_ranks():
+    """How many other processes have not begun; ConnectionError if one is lost."""
+    rank, count, _ = ranks()
+    for other in {*range(count)} - {rank}:
+        sign, now = counter(f"alive {other}"), time.monotonic()
+        if SIGNS.get(other, (None,))[0] != sign:
+            SIGNS[other] = sign, now
+        elif now - SIGNS[other][1] > (LOST_S if sign else START_S):
+            raise ConnectionError(f"the process of rank {other} is lost; the same command goes on")
+    return sum(sign == 0 for sign, _ in SIGNS.values())
+
+
+def wait_for_ranks():
+    """Goes on when all processes have come here."""
+    rank, count, _ = ranks()
+    if count == 1:
+        return
+    here, patience = counter(f"came {rank}", 1), time.monotonic() + 8
+    while any(counter(f"came {other}") < here for other in range(count)):
+        if (absent := look_for_ranks()) and time.monotonic() > patience:
+            say(f"waiting for {absent} of {count} processes")
+            patience = math.inf
+        time.sleep(0.1)
 
 
 # --- the stage
@@ -3619,11 +3617,10 @@ class TrainingBar:
         self.steps = schedule_steps(windows, cfg)
         self.bar = progress(total=sum(self.cost.values()), desc="train", disable=disable, bar_format=(
             "{desc}: {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"))
-
-    def close(self):
-        self.bar.close()
+        self.close = self.bar.close
 
     def show(self):
+        look_for_ranks()
         done, newest = 0, (0, "")
         for log, cost in self.cost.items():
             if log.exists() and (lines := log.read_text("utf-8").splitlines()):
@@ -3636,10 +3633,11 @@ class TrainingBar:
 
 
 def training_flops(run, windows, vocab, cfg):
-    """What the training of one model costs."""
+    """What a training costs; a step of gpt_1M takes an H200 a ninth of gpt_100M's time, not a 67th."""
     with torch.device("meta"):
         model = build_model(run.size, len(vocab.chars), cfg)
-    return model.flops_per_token() * cfg.BATCH_TOKENS * schedule_steps(windows, cfg)
+    flops = model.flops_per_token() + 1e8 * (cfg.DEVICE == "cuda")
+    return flops * cfg.BATCH_TOKENS * schedule_steps(windows, cfg)
 
 
 def finished(run, cfg):
@@ -3662,6 +3660,7 @@ def state_prediction_first(run, cfg, wait=False):
     while not all(finished(r, cfg) for r in smaller):
         if not wait:
             return
+        look_for_ranks()
         time.sleep(1)
     rows = [finished(r, cfg)["rows"][-1] for r in smaller]
     with torch.device("meta"):
@@ -3702,12 +3701,12 @@ def write_results(runs, windows, cfg):
 def gpu_fault():
     """In a sentence, why torch can't use the NVIDIA GPU of this machine; empty if it can."""
     if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        kernels = re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))
-        oldest = min(map(int, kernels), default=0)
-        return (10 * major + minor < oldest) * (
-            f"{torch.cuda.get_device_name()} (sm_{major}{minor}) is too old for torch {torch.__version__}, "
-            f"which begins with sm_{oldest}: use --DEVICE cpu or an older torch")
+        (major, minor), built = torch.cuda.get_device_capability(), " ".join(torch.cuda.get_arch_list())
+        fits = [int(y) <= minor if int(x) == major else kind == "compute" and int(x) < major
+                for kind, x, y in re.findall(r"(sm|compute)_(\d+)(\d)", built)]  # PTX suits later cards, too
+        return "" if any(fits) or not fits else (
+            f"{torch.cuda.get_device_name()} is sm_{major}{minor}, and torch {torch.__version__} has kernels "
+            f"only for {built}: use --DEVICE cpu or another torch")
     if torch.version.cuda:
         return (f"torch {torch.__version__} for CUDA {torch.version.cuda} finds no GPU; if there is one, its "
                 "driver is too old for that (nvidia-smi shows its version): install a torch that fits it")
@@ -4568,6 +4567,7 @@ def sample_batch(model):
     if device.type != "cuda":
         return SAMPLE_BATCH
     row = sum(tensor.nbytes for tensor in flat(model.empty_state(1, model.seq_len)))
+    torch.cuda.empty_cache()  # what training has left there is free, too
     return max(1, min(256, torch.cuda.mem_get_info(device)[0] // 4 // row))
 
 
@@ -4668,7 +4668,7 @@ def pick_rows(state, rows):
 def draw(logits, chance, temperature, top_k, top_p):
     """Logits (R, V), chance (R,) in [0, 1) -> ids (R,), each by its probability among the likeliest; never
     start or unknown. All of it happens on the device."""
-    logits[:, [START, UNKNOWN]] = -math.inf
+    logits[:, START] = logits[:, UNKNOWN] = -math.inf  # a list of places would make the GPU wait
     if temperature == 0:
         return logits.argmax(1)
     ranked, order = logits.double().sort(dim=1, descending=True, stable=True)

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from results import keep
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import LakhMIDI as study
 from LakhMIDI import Cfg
@@ -392,7 +393,7 @@ def without_graph(t):
 
 
 def without_compiling(t):
-    t.loss_of = t.plain_loss
+    t.loss_of = study.summed_loss
 
 
 # (label, families, how, knobs): ways to run the same training
@@ -401,6 +402,7 @@ OPTIONS = [
     ("no CUDA graph", "gpt lstm", lambda: changed_training(without_graph), {}),
     ("not compiled", "gpt", lambda: changed_training(without_compiling), {}),
     ("neither", "gpt lstm", nothing, {"COMPILE": False}),
+    ("no cuDNN attention", "gpt", lambda: sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), {}),
     ("8 windows a pass", "gpt lstm", nothing, {"MICRO_TOKENS": 8 * 1024}),
     ("16 windows a pass", "gpt lstm", nothing, {"MICRO_TOKENS": 16 * 1024}),
     ("32 windows a pass", "gpt lstm", nothing, {"MICRO_TOKENS": 32 * 1024}),

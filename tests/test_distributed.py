@@ -1,7 +1,7 @@
 """Several processes train a study: the losses of one, one set of files, an end when one is lost."""
 import json
 import os
-import signal
+import re
 import socket
 import subprocess
 import sys
@@ -46,10 +46,11 @@ def alone(smoke, tmp_path_factory):
     return losses(save_dir)
 
 
-def test_three_processes_do_what_one_does(smoke, alone, tmp_path):
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_do_what_one_does(smoke, alone, tmp_path, processes):
     """From the first stage on, each model trained once, by one of them."""
     runs = tmp_path / "runs"
-    command = command_for(smoke, runs, "--to", "train", processes=3, DATA_ROOT=tmp_path / "data")
+    command = command_for(smoke, runs, "--to", "train", processes=processes, DATA_ROOT=tmp_path / "data")
     said = run_to_the_end(command)
     assert said.count("files became ABC") == said.count("train     done") == 1
     assert all(said.count(f"  {name} ") >= 1 for name in MODELS.split(","))
@@ -59,37 +60,44 @@ def test_three_processes_do_what_one_does(smoke, alone, tmp_path):
         assert (tmp_path / "data/tokens" / name).read_bytes() == (smoke.tokens_root / name).read_bytes()
 
 
-def test_a_lost_process_ends_the_run_and_another_number_of_them_goes_on(smoke, alone, tmp_path):
-    command = command_for(smoke, tmp_path, "--only", "train", processes=2, SAVE_EVERY_S=0)
-    with open(tmp_path / "out", "w") as out:
-        torchrun = subprocess.Popen(command, env=ENVIRONMENT, stdout=out, stderr=out, start_new_session=True)
+def start_by_hand(command, ranks, **seconds):
+    """Some ranks of two processes that no torchrun watches; with patience of so many seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    program = f"import sys, LakhMIDI; vars(LakhMIDI).update({seconds}); sys.exit(LakhMIDI.main(sys.argv[1:]))"
+    return [subprocess.Popen([sys.executable, "-c", program, *command[2:]], cwd=ROOT, text=True,
+                             env={**ENVIRONMENT, **world, "RANK": str(rank)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in ranks]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_run_and_another_number_of_them_goes_on(smoke, alone, tmp_path, lost):
+    command = command_for(smoke, tmp_path, "--only", "train", SAVE_EVERY_S=0)
+    processes = start_by_hand(command, [0, 1], LOST_S=8)
     try:
         deadline = time.monotonic() + 90
         while not list(tmp_path.glob("runs/*/resume.pt")):
-            assert torchrun.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
+            assert processes[lost].poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
-        workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-        os.kill(int(workers[-1]), signal.SIGKILL)
-        assert torchrun.wait(60) != 0
+        processes[lost].kill()
+        _, told = processes[1 - lost].communicate(timeout=60)
     finally:
-        if torchrun.poll() is None:
-            os.killpg(torchrun.pid, signal.SIGKILL)
+        for process in processes:
+            process.kill()
+    assert processes[1 - lost].returncode == 1 and "Traceback" not in told
+    lines = re.findall("LakhMIDI: (.*)", told)
+    assert lines == [f"the process of rank {lost} is lost; the same command goes on"]
     run_to_the_end(command_for(smoke, tmp_path, "--only", "train"))
     assert losses(tmp_path) == alone
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_comes_is_waited_for_and_given_up(smoke, tmp_path, rank):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = "import sys, LakhMIDI; LakhMIDI.LOST_S = 12; sys.exit(LakhMIDI.main(sys.argv[1:]))"
-    arguments = command_for(smoke, tmp_path, "--only", "train")[2:]
-    world = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    done = subprocess.run([sys.executable, "-c", program, *arguments], env={**ENVIRONMENT, **world}, cwd=ROOT,
-                          capture_output=True, text=True, timeout=60)
-    assert "waiting for" in done.stdout and done.returncode in (1, 2)
-    assert done.stderr.count("LakhMIDI: ") == 1 and "Traceback" not in done.stderr
+    process = start_by_hand(command_for(smoke, tmp_path, "--only", "train"), [rank], START_S=12)[0]
+    said, told = process.communicate(timeout=60)
+    assert "waiting for" in said and process.returncode in (1, 2)
+    assert told.count("LakhMIDI: ") == 1 and "Traceback" not in told
 
 
 @pytest.mark.parametrize("world", [{"WORLD_SIZE": ""}, {"WORLD_SIZE": "2"}, {"RANK": "0"}])

@@ -1,4 +1,6 @@
 """Models and training: what is counted is there, what is interrupted goes on, what is measured is whole."""
+import contextlib
+import gc
 import json
 import math
 import os
@@ -6,7 +8,9 @@ import re
 import resource
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,7 +78,8 @@ def test_parameters_are_counted_by_formula_and_alike_in_both_families(family):
                 model = study.build_model(size, 60, cfg)
             counts = study.count_params(model)
             vectors = size.layers * (8 if size.family == "lstm" else 4)  # biases, weights of mixed characters
-            assert counts["n_fit"] == model.matmul_params() + vectors * size.width
+            attention = 0 if model.recurrent else size.layers * cfg.SEQ_LEN * size.width
+            assert counts["n_fit"] == model.flops_per_token() / 6 - attention + vectors * size.width
             assert counts["n_params"] == counts["n_fit"] + 60 * size.width
             twin = study.rough_weights(size) / study.rough_weights(
                 next(s for s in cfg.MODELS if s.size == size.size and s.family == "gpt"))
@@ -248,7 +253,7 @@ def test_every_budget_has_the_mean_of_its_last_weights(tiny, monkeypatch):
     rows = train_run(cfg)["rows"]
     steps = round(20 * 64 / (64 * study.Windows(study.read_training(vocab, cfg)[0], vocab, 16).share))
     assert [row["main"] for row in rows] == [False, False, False, True]
-    assert [row["seen"] // 64 for row in rows] == study.budget_steps(steps, cfg)
+    assert [row["seen"] // 64 for row in rows] == [round(share * steps) for share in cfg.BUDGETS]
     assert rows[-1]["tokens"] == pytest.approx(20 * 64, rel=0.05) and rows[-1]["flops"] > rows[-1]["tokens"]
     model, _, _ = study.load(study.planned_runs(cfg)[0].path("model.pt", cfg))
     last = torch.stack(weights[-round(0.2 * steps):]).mean(0)
@@ -286,7 +291,9 @@ def test_a_model_loads_in_one_line_and_a_broken_file_says_so(tiny, tmp_path):
 def test_out_of_memory_makes_the_passes_smaller_and_leaves_the_losses(tiny, monkeypatch, capsys):
     cfg, _ = tiny
     forward, whole = study.GPT.forward, train_run(cfg)
-    for error in (torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED in cublasCreate")):
+    for error in (torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED in cublasCreate"),
+                  RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+                  RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory.")):
         def small_memory(self, tokens, state=None, error=error):
             if self.training and len(tokens) > 1:
                 raise error
@@ -302,19 +309,106 @@ def test_a_compiled_step_gives_the_losses_of_the_plain_one(tiny, watched, capsys
     """And where compiling fails, the plain model trains, with one warning."""
     cfg, _ = tiny
     losses = [train_run(cfg)["curve"]["train_loss"]]
-    for loss_of in (lambda t: torch.compile(t.plain_loss, fullgraph=True, backend="aot_eager"),
-                    lambda t: lambda windows: 1 / 0):
+    for loss_of in (torch.compile(study.summed_loss, fullgraph=True, backend="aot_eager"),
+                    lambda model, windows: 1 / 0):
         cfg.SAVE_DIR = f"{cfg.SAVE_DIR}_again"
         before = watched.__init__
 
         def compiled(self, *args, before=before, loss_of=loss_of):
             before(self, *args)
-            self.compiled, self.loss_of = True, loss_of(self)
+            self.compiled, self.loss_of = True, loss_of
         watched.__init__ = compiled
         losses.append(train_run(cfg)["curve"]["train_loss"])
         watched.__init__ = before
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[2] == losses[0]
     assert capsys.readouterr().out.count("without torch.compile") == 1
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs as a CPU can have them: replaying one does its work again, on the same tensors."""
+    made = SimpleNamespace(use=False, trainings=[], captures=0, replays=0, error=None, loss_of=None)
+    before = study.Training.__init__
+
+    def begun(self, *args):
+        before(self, *args)
+        self.graphed, self.compiled = made.use, made.loss_of is not None
+        self.loss_of = made.loss_of or self.loss_of
+        made.trainings.append(self)
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        made.captures += 1
+        yield
+        made.gradients = [p.grad for p in made.trainings[-1].model.parameters()]
+        if made.error:
+            raise made.error
+
+    class Graph:
+        def replay(self):
+            made.replays += 1
+            t = made.trainings[-1]
+            assert all(p.grad is there for p, there in zip(t.model.parameters(), made.gradients, strict=True))
+            t.graph_loss.copy_(t.one_pass(t.graph_input))
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {"CUDAGraph": Graph, "graph": capture, "stream": contextlib.nullcontext,
+                        "Stream": lambda: stream, "current_stream": lambda: stream}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(study.Training, "__init__", begun)
+    return made
+
+
+@pytest.mark.parametrize("family", ["gpt", "lstm"])
+def test_a_replayed_graph_gives_the_losses_of_a_plain_step(tiny, family, graphs):
+    cfg, _ = tiny
+    cfg.BATCH_TOKENS, cfg.BUDGETS = 7 * 16, (1.0,)
+    losses = train_run(cfg, family)["curve"]["train_loss"]
+    for micro, replays in (0, 1), (3 * 16, 2):  # of 7 windows: 7; 3, 3 and 1 without a graph
+        graphs.use = True
+        graphs.captures = graphs.replays = 0
+        again = Cfg(**cfg.given | {"MICRO_TOKENS": micro, "SAVE_DIR": f"{cfg.SAVE_DIR}_{replays}"})
+        assert train_run(again, family)["curve"]["train_loss"] == pytest.approx(losses, rel=1e-3)
+        assert graphs.captures == 1 and graphs.replays == replays * len(losses)
+
+
+@pytest.mark.parametrize("failing", ["a CUDA graph", "torch.compile", "memory"])
+def test_where_a_graph_or_compiling_fails_only_that_is_left_out(tiny, monkeypatch, capsys, graphs, failing):
+    cfg, _ = tiny
+    graphs.use, graphs.loss_of = True, study.summed_loss
+    if failing == "a CUDA graph":
+        graphs.error = RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    elif failing == "torch.compile":
+        graphs.loss_of = lambda model, windows: 1 / 0
+    else:
+        graphs.error = RuntimeError("CUDA error: out of memory")
+        monkeypatch.setattr(study, "say", lambda words: setattr(graphs, "error", None))
+    train_run(cfg)
+    t = graphs.trainings[-1]
+    told = re.findall("going on without (.*), which failed", capsys.readouterr().out)
+    assert told == [failing] * (failing != "memory") and t.compiled == (failing != "torch.compile")
+    assert bool(t.graph) == bool(graphs.replays) == (failing != "a CUDA graph")
+    assert t.micro == (2 if failing == "memory" else 4)
+
+
+@pytest.mark.parametrize("family", ["gpt", "lstm"])
+def test_a_model_goes_with_its_training_and_leaves_no_cycle(tiny, watched, monkeypatch, family):
+    """Else its CUDA graph stays until the collector comes, maybe while the next one is captured."""
+    cfg, _ = tiny
+    seen, before = [], watched.__init__
+
+    def compiled(self, *args):
+        before(self, *args)
+        seen.append(weakref.ref(self))
+        if family == "gpt":
+            self.loss_of = torch.compile(self.loss_of, backend="aot_eager")
+    monkeypatch.setattr(watched, "__init__", compiled)
+    watched.after = staticmethod(lambda t: seen.append(weakref.ref(t.model)))
+    gc.disable()
+    try:
+        train_run(cfg, family)
+        assert len(seen) > 2 and not any(one() for one in seen)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -448,10 +542,10 @@ def test_a_gpu_that_torch_cannot_use_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla P100")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "sm_120", "compute_120"])
     monkeypatch.setattr(study.shutil, "which", lambda name: Card.driver)
-    with pytest.raises(UserError, match=r"P100 \(sm_60\) is too old.*sm_75"):
+    with pytest.raises(UserError, match=r"P100 is sm_60, .* only for sm_75"):
         Cfg(DEVICE="cuda").check()
-    Card.capability = (9, 0)
-    Cfg(DEVICE="cuda").check()
+    for Card.capability, fits in {(8, 9): False, (9, 0): True, (12, 1): True, (15, 0): True}.items():
+        assert (study.gpu_fault() == "") == fits  # PTX suits what comes later
     Card.found = False
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "its driver is too old" in study.gpu_fault()
@@ -478,8 +572,8 @@ class GRU(study.LSTM):
             after.append(output[0])
         return self.head(study.rms_norm(x.transpose(0, 1))), state and [torch.stack(after, dim=1)]
 
-    def matmul_params(self):
-        return 6 * self.size.layers * self.size.width**2 + self.head.weight.numel()
+    def flops_per_token(self):
+        return 6 * (6 * self.size.layers * self.size.width**2 + self.head.weight.numel())
 
 
 def test_a_third_family_takes_a_class_and_a_row(smoke, tmp_path, monkeypatch):
@@ -493,8 +587,10 @@ def test_a_third_family_takes_a_class_and_a_row(smoke, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("family", ["gpt", "lstm"])
-def test_a_gpu_reaches_the_losses_of_a_cpu(tiny, family, capsys):
+@pytest.mark.parametrize("micro", [0, 48])  # 7 windows a pass; 3, 3 and 1 without a graph
+def test_a_gpu_reaches_the_losses_of_a_cpu(tiny, family, micro, capsys):
     cfg, _ = tiny
+    cfg.BATCH_TOKENS, cfg.MICRO_TOKENS = 7 * 16, micro
     losses = []
     for device in ("cpu", "cuda"):
         cfg.DEVICE, cfg.SAVE_DIR = device, f"{cfg.SAVE_DIR}_{device}"
