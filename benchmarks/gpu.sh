@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
 runs=$(mktemp -d)
 if [ -n "${DRY:-}" ]; then
+  cp benchmarks/results.jsonl "$runs" && trap 'cp "$runs/results.jsonl" benchmarks/' EXIT
   steps=(3 3) models=gpt_25K,lstm_25K
   ladder=(--STUDY smoke --DEVICE cpu --EVAL_TOKENS 4000 --SAMPLES 4 --SAMPLE_CHARS 200)
 else
@@ -21,7 +22,7 @@ failed=0
 part() { # title, seconds it may take, command
   local began=$SECONDS title=$1 seconds=$2
   echo "== $title"
-  timeout -k 10 "$seconds" "${@:3}"
+  timeout -k 30 "$seconds" "${@:3}"
   local code=$?
   echo "== ended after $((SECONDS - began)) s with code $code$([ $code = 124 ] && echo ', its time was over')"
   [ $code = 0 ] || failed=$((failed + 1))

@@ -546,6 +546,8 @@ def test_a_gpu_that_torch_cannot_use_is_told_in_one_line(monkeypatch):
         Cfg(DEVICE="cuda").check()
     for Card.capability, fits in {(8, 9): False, (9, 0): True, (12, 1): True, (15, 0): True}.items():
         assert (study.gpu_fault() == "") == fits  # PTX suits what comes later
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["gfx90a"])
+    assert study.gpu_fault() == ""
     Card.found = False
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert "its driver is too old" in study.gpu_fault()
