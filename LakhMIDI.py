@@ -210,7 +210,7 @@ class Cfg(metaclass=KnobType):
     BETAS = (0.9, 0.95)  # of AdamW
     WEIGHT_DECAY = 0.1  # decoupled, on the weight matrices
     CLIP_NORM = 1.0  # gradients are scaled down to this L2 norm
-    WARMUP_FRAC = 0.02  # share of the steps in which the learning rate rises; then it is constant
+    WARMUP_FRAC = 0.02  # share of the steps in which the learning rate rises; in the last fifth it falls
     # --- machine
     DEVICE = "auto"  # cpu | cuda | auto; several GPUs: torchrun --nproc_per_node=4 LakhMIDI.py
     COMPILE = True  # torch.compile on CUDA
@@ -260,8 +260,8 @@ class Cfg(metaclass=KnobType):
         need({*map(type, self.BUDGETS + self.BETAS)} <= {int, float}, "BUDGETS and BETAS hold numbers")
         need(self.BUDGETS and min(self.BUDGETS) > 0 and max(self.BUDGETS) == 1,
              "BUDGETS are shares of the training tokens in (0, 1], the largest of them 1")
-        need(all(low <= (1 - AVERAGED) * high for low, high in itertools.pairwise(sorted(set(self.BUDGETS)))),
-             f"each of BUDGETS must be at least {1 / (1 - AVERAGED):g} times the one before")
+        need(all(low <= (1 - LAST) * high for low, high in itertools.pairwise(sorted(set(self.BUDGETS)))),
+             f"each of BUDGETS must be at least {1 / (1 - LAST):g} times the one before")
         need(len(self.BETAS) == 2 and min(self.BETAS) >= 0 and max(self.BETAS) < 1,
              "BETAS are two numbers in [0, 1)")
 
@@ -2819,10 +2819,11 @@ def count_params(model):
 # and rates checked in both: half the rate is .9 % worse for a GPT of 80K and 1.1 % for an LSTM of 200K, twice
 # the rate 2.1 % for the GPT.
 #
-# The rate stays constant after its warm-up, and the result of a budget of D characters is the mean of the
-# weights over the last fifth of the steps before it (arXiv 2602.03702): one run gives a result for every
-# budget. A cool-down in its place is better by .2 to .6 % at the same number of steps, but needs a branch for
-# each budget: 17 % more steps, which in more characters are worth more (benchmarks/LOG.md).
+# The rate rises, stays, and falls in the last fifth of the steps. The result of a smaller budget of D
+# characters is the mean of the weights over the fifth before it (arXiv 2602.03702), so that one run gives a
+# result for every budget; a branch that cools down for each would cost 17 % more steps. The mean alone would
+# not do: its loss is .2 to .8 % above that of a cool-down at the same step, and of the tunes that it writes
+# half as many are valid, for it is less sure of what is rare, such as the end of a tune (benchmarks/LOG.md).
 #
 # What an interrupted run needs to go on is written every SAVE_EVERY_S; it goes on to the same bits on a CPU
 # (on a GPU to the same losses but for rounding). Each run has a folder named by all that it depends on: with
@@ -2900,9 +2901,17 @@ def make_optimizers(model, cfg):
     return [muon, adam]
 
 
+LAST = 0.2  # share of the steps in which the rate falls; before a smaller budget, of those behind its mean
+
+
 def lr_scale(step, steps, cfg):
-    """The share of the peak rate in `step` (from 1): it rises to 1 and stays there."""
-    return min(1.0, step / max(1, round(cfg.WARMUP_FRAC * steps)))
+    """The share of the peak rate in `step` (from 1): it rises to 1, stays there, and at last falls to 0.
+
+    The fall is 1 - sqrt (Hagele et al. 2024, https://arxiv.org/abs/2405.18392).
+    """
+    risen = step / max(1, round(cfg.WARMUP_FRAC * steps))
+    left = (steps + 1 - step) / max(1, round(LAST * steps))
+    return min(1.0, risen) * (1 - max(0.0, 1 - left) ** 0.5)
 
 
 # --- windows that know their tune
@@ -3266,9 +3275,6 @@ def divergence(losses, batch_tokens, vocab_size):
     return "" if now <= limit else f"a mean loss of {now:.3g}, where {limit:.3g} is the limit"
 
 
-AVERAGED = 0.2  # share of the steps before a budget over which the weights are averaged
-
-
 def schedule_steps(windows, cfg):
     """Optimiser steps in which TRAIN_TOKENS_TARGET characters are counted."""
     return max(1, round(cfg.TRAIN_TOKENS_TARGET / (cfg.BATCH_TOKENS * windows.share)))
@@ -3319,8 +3325,8 @@ def train_model(run, windows, vocab, cfg, tell=lambda: None):
             new_losses.append(torch.where(bad, math.nan, loss))
             t.step += 1
 
-            # 7 The mean of the weights over the last fifth of this budget
-            if t.step > (1 - AVERAGED) * end:
+            # 7 The mean of the weights over the last fifth of this budget; at the end the weights themselves
+            if t.step > (1 - LAST) * end and (end < steps or t.step == steps):
                 t.take_into_mean()
             if t.step % log_every and t.step < end:
                 continue
@@ -3348,7 +3354,7 @@ def train_model(run, windows, vocab, cfg, tell=lambda: None):
                 t.save()
                 saved = now
 
-        # 10 A budget is reached: its result is that of the mean weights
+        # 10 A budget is reached
         if end == steps:
             state_prediction_first(run, cfg, wait=True)
         t.rows.append(result(t, windows, held_out, end == steps))
@@ -4878,12 +4884,13 @@ def char_kinds(tokens, vocab):
     return kinds
 
 
-def test_loss(model, test, kinds, whole, cfg):
+def test_loss(model, vocab, test, whole, cfg):
     """Loss on the test Windows: per character, note and second, by kind of character, by place in the window.
 
     `whole` are the rows of tunes.jsonl for the tunes that are whole in them.
     """
     losses, place = token_losses(model, test, cfg)
+    kinds = char_kinds(test.tokens, vocab)
     loss, error = mean_loss(losses, test.tokens)
     bits, counted = losses / math.log(2), np.isfinite(losses)
     in_whole = np.nansum(bits[:whole[-1]["start"] + whole[-1]["chars"] + 2], dtype=np.float64)
@@ -4900,11 +4907,9 @@ def test_loss(model, test, kinds, whole, cfg):
                             for (low, high), here in spans.items() if here.any()]}
 
 
-def leaked_loss(model, tokens, vocab, cfg):
+def leaked_loss(model, leaked, cfg):
     """Loss on tunes that were not trained on, though a version of each was: what a split by file measures."""
-    found = None, None
-    if len(tokens):
-        found = mean_loss(token_losses(model, Windows(tokens, vocab, cfg.SEQ_LEN), cfg)[0], tokens)
+    found = mean_loss(token_losses(model, leaked, cfg)[0], leaked.tokens) if len(leaked) else (None, None)
     return dict(zip(("leaked_loss", "leaked_loss_se"), found, strict=True))
 
 
@@ -4984,30 +4989,57 @@ def named(run, kind, tunes, folder, shown):
             for number, tune in enumerate(tunes, 1)]
 
 
-def write_music(models, best, real, cfg):
-    """Yields the real tunes, then each model's by kind: lists of {"run", "kind", "prompt", "text", "ended"}
-    and what `named` adds.
+def write_music(run, model, vocab, real, is_best, cfg):
+    """Tunes of one model, lists by kind of {"run", "kind", "prompt", "text", "ended"} and
+    what `named` adds.
 
     Kinds: "unprompted", "valid" (the same, bars drawn again, see `sample`), "same" (every model goes on from
     the same four bars), and of the best model "prompted", with the "real" tune that the prompt is from.
     """
     most = cfg.SAMPLE_CHARS
-    originals = [{"prompt": "", "text": text[:most], "ended": len(text) <= most} for text in real]
-    yield named("real", "real", originals, "samples", 1)
-    for run, (model, vocab, _) in models.items():
-        n = cfg.SAMPLES if run == best else min(cfg.SAMPLES, 100)
-        few = min(n, 100 if run == best else 10)  # a weak model draws each line again and again
-        prompts = {"unprompted": [""] * n, "valid": [""] * few, "same": [first_bars(real[0], 4)]}
-        if run == best:
-            prompts["prompted"] = [whole_bars(text[:min(len(text) // 3, most // 2)])
-                                   or text[:text.find("|\n") + 2] for text in real]  # a third, or a bar
-        for kind, given in prompts.items():
-            tunes = sample(model, vocab, given, max_chars=most, seed=cfg.SEED, temperature=cfg.TEMPERATURE,
-                           top_p=cfg.TOP_P, valid=kind == "valid", label=f"{run} {kind}")
-            for tune, prompt, text in zip(tunes, given, real if kind == "prompted" else given, strict=True):
-                tune |= {"prompt": prompt, "real": text}
-            where = ("best_samples", cfg.SHOWN) if run == best else ("samples", kind != "valid")
-            yield named(run, kind, tunes, *where)
+    n = cfg.SAMPLES if is_best else min(cfg.SAMPLES, 100)
+    few = min(n, 100 if is_best else 10)  # a weak model draws each line again and again
+    prompts = {"unprompted": [""] * n, "valid": [""] * few, "same": [first_bars(real[0], 4)]}
+    if is_best:
+        prompts["prompted"] = [whole_bars(text[:min(len(text) // 3, most // 2)])
+                               or text[:text.find("|\n") + 2] for text in real]  # a third, or a bar
+    groups = []
+    for kind, given in prompts.items():
+        tunes = sample(model, vocab, given, max_chars=most, seed=cfg.SEED, temperature=cfg.TEMPERATURE,
+                       top_p=cfg.TOP_P, valid=kind == "valid")
+        for tune, prompt, text in zip(tunes, given, real if kind == "prompted" else given, strict=True):
+            tune |= {"prompt": prompt, "real": text}
+        where = ("best_samples", cfg.SHOWN) if is_best else ("samples", kind != "valid")
+        groups.append(named(run, kind, tunes, *where))
+    return groups
+
+
+class Music(NamedTuple):
+    """Held-out music to examine models with."""
+    test: Windows
+    whole: list  # rows of tunes.jsonl, for the tunes that are whole in it
+    real: list  # their texts, if the models know all characters
+    leaked: Windows  # tunes of which training has another version
+
+
+def examine(row, best, music, cfg):
+    """(name, (row of "models" in evaluation.json, tunes of each kind)) of a model in scaling_results.json."""
+    run, (model, vocab, _) = row["run"], load(cfg.SAVE_DIR / row["checkpoint"], cfg.DEVICE)
+    tested = {"run": run, "n_fit": row["n_fit"], "val_loss": row["val_loss"],
+              **test_loss(model, vocab, music.test, music.whole, cfg),
+              **leaked_loss(model, music.leaked, cfg),
+              "likelier_than_twin": twin_shares(model, vocab, music.real[:100], cfg)}
+    return run, (tested, write_music(run, model, vocab, music.real[:cfg.SAMPLES], run == best, cfg))
+
+
+def examine_all(rows, best, music, cfg):
+    """Yields what `examine` returns for each model: one after the other on a GPU, else a process for each."""
+    rows = rows[::-1]  # the large ones first: none must end alone
+    if cfg.DEVICE == "cuda":
+        yield from (examine(row, best, music, cfg) for row in rows)
+        return
+    with ProcessPool(cfg.WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(examine, rows, *([same] * len(rows) for same in (best, music, cfg))).result()
 
 
 def judge(tune, cfg):
@@ -5026,15 +5058,14 @@ def judge(tune, cfg):
 
 
 def judge_all(groups, cfg):
-    """Lists of tunes -> the same with "check", "metrics" and "copy"; workers judge while more are sampled."""
+    """Lists of tunes -> the same with "check", "metrics" and "copy"."""
+    tunes = list(itertools.chain(*groups))
     with ProcessPool(max_workers=cfg.WORKERS) as pool:
-        waiting = [(tunes, pool.map(judge, tunes, [cfg] * len(tunes))) for tunes in groups]
-        judged = [[{**tune, **found} for tune, found in zip(tunes, future.result(), strict=True)]
-                  for tunes, future in waiting]  # raises what a judge raised
-    tunes = list(itertools.chain(*judged))
-    for tune, copied in zip(tunes, find_copies([tune.pop("melody") for tune in tunes], cfg), strict=True):
-        tune["copy"] = copied
-    return judged
+        found = list(pool.map(judge, tunes, [cfg] * len(tunes)).result())  # raises what a judge raised
+    copies = find_copies([facts.pop("melody") for facts in found], cfg)
+    judged = iter([{**tune, **facts, "copy": copy}
+                   for tune, facts, copy in zip(tunes, found, copies, strict=True)])
+    return [list(itertools.islice(judged, len(group))) for group in groups]
 
 
 def share_of(flags):
@@ -5094,7 +5125,6 @@ def evaluate(cfg):
     rows = [row for row in read_json(save / "scaling_results.json")["runs"]
             if row["main"] and row["seed"] == cfg.SEED]  # one of each size
     best = min(rows, key=lambda row: row["val_loss"])["run"]
-    models = {row["run"]: load(save / row["checkpoint"], cfg.DEVICE) for row in rows}
     for folder in SAMPLE_FOLDERS:
         shutil.rmtree(save / folder, ignore_errors=True)
         (save / folder).mkdir()
@@ -5102,19 +5132,17 @@ def evaluate(cfg):
     held_out = [tune for tune in read_jsonl(cfg.tokens_root / "tunes.jsonl") if tune["split"] == "test"]
     test, leaked = read_tokens("test", vocab, cfg), read_training(vocab, cfg)[1][:cfg.EVAL_TOKENS]
     whole = [tune for tune in held_out if tune["start"] + tune["chars"] + 2 <= len(test)] or held_out[:1]
-    kinds, test = char_kinds(test, vocab), Windows(test, vocab, cfg.SEQ_LEN)
-    real = [vocab.decode(test.tokens[tune["start"] + 1:][:tune["chars"]]) for tune in whole
-            if not tune["unknown"]]
+    real = [vocab.decode(test[tune["start"] + 1:][:tune["chars"]]) for tune in whole if not tune["unknown"]]
     need(real, "every test tune has characters that the training tunes lack; add music or raise TEST_FRAC")
-    tested = []
-    for row in progress(rows, "test loss", unit="model"):
-        model = models[row["run"]][0]
-        tested.append({"run": row["run"], "n_fit": row["n_fit"], "val_loss": row["val_loss"],
-                       **test_loss(model, test, kinds, whole, cfg), **leaked_loss(model, leaked, vocab, cfg),
-                       "likelier_than_twin": twin_shares(model, vocab, real[:100], cfg)})
-    figures = save_figure(draw_places(tested), save, "loss_by_place")
+    music = Music(Windows(test, vocab, cfg.SEQ_LEN), whole, real, Windows(leaked, vocab, cfg.SEQ_LEN))
 
-    groups = judge_all(write_music(models, best, real[:cfg.SAMPLES], cfg), cfg)
+    examined = dict(progress(examine_all(rows, best, music, cfg), "evaluate", len(rows), "model"))
+    tested = [examined[row["run"]][0] for row in rows]
+    figures = save_figure(draw_places(tested), save, "loss_by_place")
+    originals = [{"prompt": "", "text": text[:cfg.SAMPLE_CHARS], "ended": len(text) <= cfg.SAMPLE_CHARS}
+                 for text in real[:cfg.SAMPLES]]
+    written = itertools.chain(*(examined[row["run"]][1] for row in rows))
+    groups = judge_all([named("real", "real", originals, "samples", 1), *written], cfg)
     tunes = list(itertools.chain(*groups))
     limit = float(np.quantile([tune["copy"]["share"] for tune in groups[0]], 0.95))  # the real ones
     bars = [count_bars(complete_lines(text)) for text in real]
@@ -5125,7 +5153,7 @@ def evaluate(cfg):
         write_json(save / folder / "metadata.json", [tune for tune in tunes if tune["shown"] == folder])
     write_jsonl(save / "samples.jsonl", tunes)
     write_json(save / "evaluation.json", {
-        "models": tested, "best": best, "test_chars": test.counted, "sample_chars": cfg.SAMPLE_CHARS,
+        "models": tested, "best": best, "test_chars": music.test.counted, "sample_chars": cfg.SAMPLE_CHARS,
         "copy_limit": limit, "repeated_bars_of_real": repeats, "music": table})
     for row in table:
         if row["run"] in ("real", best):

@@ -102,19 +102,14 @@ def cosine(step, steps, cfg):
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def cooled_down(step, steps, cfg):
-    """Warm-up, constant, and in the last fifth a fall as 1 - sqrt (Hagele et al. 2024, arXiv 2405.18392)."""
-    left = 1 - (steps - step) / (0.2 * steps)
-    return min(1.0, step / max(1, round(cfg.WARMUP_FRAC * steps))) * (1 - max(0.0, left) ** 0.5)
-
-
-LAST_WEIGHTS = {"AVERAGED": 1e-9}  # the result is that of the weights after the last step
+def constant(step, steps, cfg):
+    return min(1.0, step / max(1, round(cfg.WARMUP_FRAC * steps)))
 
 
 def rival(lr):
     """A way to train the rival with the loop of the study. nanoGPT uses float32 on a CPU."""
     patches = {"build_model": lambda size, vocab_size, cfg: Rival(size, vocab_size, cfg.SEQ_LEN),
-               "make_optimizers": rival_optimizers, "lr_scale": cosine, **LAST_WEIGHTS,
+               "make_optimizers": rival_optimizers, "lr_scale": cosine,
                "count_params": lambda model: {"n_params": sum(p.numel() for p in model.parameters())}}
     if not torch.cuda.is_available():
         patches["amp_dtype"] = lambda recurrent, cfg: torch.float32
@@ -219,10 +214,8 @@ ABLATIONS = [
     ("weight decay .01", "gpt lstm", nothing, {"WEIGHT_DECAY": 0.01}),
     ("no warm-up", "gpt lstm", nothing, {"WARMUP_FRAC": 0.0}),
     ("warm-up 10 %", "gpt lstm", nothing, {"WARMUP_FRAC": 0.1}),
-    ("cool-down, no mean", "gpt lstm",
-     lambda: patch.multiple(study, lr_scale=cooled_down, **LAST_WEIGHTS), {}),
-    ("no mean", "gpt lstm", lambda: patch.multiple(study, **LAST_WEIGHTS), {}),
-    ("mean of the last tenth", "gpt lstm", lambda: patch.object(study, "AVERAGED", 0.1), {}),
+    ("constant rate", "gpt lstm", lambda: patch.object(study, "lr_scale", constant), {}),
+    ("fall of a tenth", "gpt lstm", lambda: patch.object(study, "LAST", 0.1), {}),
 ]
 
 

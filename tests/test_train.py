@@ -1,6 +1,7 @@
 """Models and training: what is counted is there, what is interrupted goes on, what is measured is whole."""
 import contextlib
 import gc
+import itertools
 import json
 import math
 import os
@@ -120,10 +121,11 @@ def test_flops_match_those_that_torch_counts():
     assert lstm.flops_per_token() == 6 * (gates + 40 * 60)
 
 
-def test_the_rate_rises_and_stays():
+def test_the_rate_rises_stays_and_falls():
     cfg = Cfg(STUDY="cpu", DEVICE="cpu")
     shares = [study.lr_scale(step, 1000, cfg) for step in range(1, 1001)]
-    assert 0 < shares[0] < 0.1 and shares[100:] == [1.0] * 900
+    assert 0 < shares[0] < 0.1 and shares[100:800] == [1.0] * 700
+    assert all(0 < low < high for high, low in itertools.pairwise(shares[800:])) and shares[-1] < 0.01
 
 
 def music(seed=0, tunes=40):
@@ -241,23 +243,30 @@ def test_runs_killed_ten_times_end_with_the_same_bits(tiny):
         assert killed["val_loss"] == whole["val_loss"] and len(killed["val_loss"]) == 4
 
 
-def test_every_budget_has_the_mean_of_its_last_weights(tiny, monkeypatch):
+def test_a_budget_has_the_mean_of_its_last_weights_and_the_largest_the_last(tiny, monkeypatch):
     """By a second account of the weights after each step."""
     cfg, vocab = tiny
-    weights, take = [], study.Training.take_into_mean
+    weights, means, gradients, result = [], {}, study.Training.gradients, study.result
 
-    def noted(t):
-        weights.append(t.model.head.weight.detach().double().clone())
-        return take(t)
-    monkeypatch.setattr(study.Training, "take_into_mean", noted)
+    def noted(t, batch):
+        weights.append(t.model.head.weight.detach().clone())  # after so many steps as there are before it
+        return gradients(t, batch)
+
+    def measured(t, *args):
+        means[t.step] = t.average.head.weight.clone()
+        return result(t, *args)
+    monkeypatch.setattr(study.Training, "gradients", noted)
+    monkeypatch.setattr(study, "result", measured)
     rows = train_run(cfg)["rows"]
     steps = round(20 * 64 / (64 * study.Windows(study.read_training(vocab, cfg)[0], vocab, 16).share))
     assert [row["main"] for row in rows] == [False, False, False, True]
-    assert [row["seen"] // 64 for row in rows] == [round(share * steps) for share in cfg.BUDGETS]
+    assert [row["seen"] // 64 for row in rows] == [*means] == [round(share * steps) for share in cfg.BUDGETS]
     assert rows[-1]["tokens"] == pytest.approx(20 * 64, rel=0.05) and rows[-1]["flops"] > rows[-1]["tokens"]
     model, _, _ = study.load(study.planned_runs(cfg)[0].path("model.pt", cfg))
-    last = torch.stack(weights[-round(0.2 * steps):]).mean(0)
-    torch.testing.assert_close(model.head.weight.double(), last, rtol=1e-4, atol=1e-6)
+    weights.append(model.head.weight)
+    for end, mean in means.items():
+        last = weights[math.floor(0.8 * end) + 1:end + 1] if end < steps else weights[-1:]
+        torch.testing.assert_close(mean, torch.stack(last).mean(0), rtol=1e-4, atol=1e-6)
 
 
 class Bomb:
