@@ -1851,7 +1851,7 @@ def score_to_abc(score, cfg):
     has_chords = any(len(pitches) > 1 for own in layers for chords in own for *_, pitches in chords)
     texts = write_header(voices, parts, octaves, metres[0], tempos.pop(0), unit, key, has_chords)
     texts += write_bars(lines, len(voices), metres, tempos, bars, sizes)
-    abc = "\n".join(texts) + "\n"
+    abc = count_down("\n".join(texts) + "\n")
     if len(abc) > cfg.MAX_ABC_CHARS:
         raise Rejected("too_many_chars", f"{len(abc)}")
     return {"abc": abc, "n_bars": n_bars, "seconds": float(seconds[-1])}
@@ -1875,10 +1875,33 @@ def midi_to_abc(source, cfg):
     return score_to_abc(read_score(source), cfg)["abc"]
 
 
+MUSIC_LINE = re.compile(r"^(?![A-Za-z]:(?![|:])|%).+", re.M)  # neither a field of the header nor a comment
+
+
+def count_down(text, more=0):
+    """The text with comments that say how many lines of music are to come, if `more` follow its last one.
+
+    They stand before the first line and wherever a multiple of 4 is left, of 8 in music of one voice. A model
+    that sees a part of a tune knows by nothing else how far it has got: without them 55 % of the tunes of
+    two voices that a GPT of 450K wrote came to their end, with them 97 %.
+    """
+    lines = re.sub(r"^%\d+\n", "", text, flags=re.M).splitlines(keepends=True)
+    every, counted = 4 if "\n[V:" in text else 8, []
+    left = total = more + sum(bool(MUSIC_LINE.match(line)) for line in lines)
+    for line in lines:
+        if MUSIC_LINE.match(line):
+            if left == total or left % every == 0:
+                counted.append(f"%{left}\n")
+            left -= 1
+        counted.append(line)
+    return "".join(counted)
+
+
 def complete_lines(text):
     """A text with all voices in each line, since to abcjs a voice is its place there: those that a model left
     out are silent."""
-    tags = [f"[V:{name}]" for name in re.findall(r"^V:(\w+)", text, re.M)]
+    header = text[:text.find("\n[V:")]
+    tags = [f"[V:{name}]" for name in dict.fromkeys(re.findall(r"^V:(\w+)", header, re.M))]
 
     def complete(line):
         cells = collections.defaultdict(str)
@@ -2216,7 +2239,7 @@ def remove_texts(cfg):
         path.unlink(missing_ok=True)
 
 
-@stage(version=5, knobs="CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", reads=(extract,))
+@stage(version=6, knobs="CONVERT_TIMEOUT MAX_ABC_CHARS MIN_NOTES", reads=(extract,))
 def convert(cfg):
     """Converts every MIDI file in a worker that may die; every file ends as text or as a counted reason."""
     files, journal = read_json(cfg.DATA_ROOT / "midi_index.json")["files"], cfg.ABC_ROOT / "journal.jsonl"
@@ -4605,7 +4628,7 @@ class Draft:
         ids, half = self.ids, model.seq_len // 2
         if len(ids) + ahead > model.seq_len + 1:
             text = self.vocab.decode(ids[1:])
-            music = re.search(r"^(?!%|[A-Za-z]:)[^\n]", text, re.M)  # the first line that is no field
+            music = MUSIC_LINE.search(text)
             head = min(1 + (music.start() if music else 0), 3 * model.seq_len // 8)
             newest = len(ids) - half + head
             line = 1 + text.find("\n", newest - 2) + 1  # its first character in ids
@@ -4634,7 +4657,7 @@ class Draft:
         ended. If not, it is forgotten; after MAX_TRIES the tune is given up."""
         line, after = self.begun + self.vocab.decode(self.ids[self.line:]), self.reader.fork()
         after.read_line(line)
-        is_music = bool(line) and not re.match(r"[A-Za-z]:|%", line)
+        is_music = bool(MUSIC_LINE.match(line))
         good = line != "\n" and not after.faults and (after.key or not is_music)
         good = good and not (self.ended and reader_faults(self.text, prompt=self.prompt)[0])
         self.tries, self.tries_here = self.tries + is_music, self.tries_here + 1
@@ -4689,8 +4712,7 @@ def draw(logits, chance, temperature, top_k, top_p):
 # --- judging
 
 MIN_TUNE_NOTES = 8  # fewer notes, or fewer than three pitches, are no tune
-FIELD_LINE = re.compile(r"[A-Za-z]:(?![|:])|%")
-HEADER = re.compile(r"X:1\nL:1/\d+\nM:\d+/\d+\nQ:.+\n(?:%%.+\n)*K:.+\n(?:V:.+\n|%%.+\n)*(?![A-Z]:|%|$)")
+HEADER = re.compile(r"X:1\nL:1/\d+\nM:\d+/\d+\nQ:.+\n(?:%%.+\n)*K:.+\n(?:V:.+\n|%%.+\n)*%\d+\n(?![A-Z]:|%|$)")
 
 
 def check_abc(text, ended=True, prompt=""):
@@ -4739,7 +4761,7 @@ def count_bars(text, faults=()):
     count, before = {"bars": 0, "right": 0, "repeats": 0}, {}
     wrong = {(fault.line, voice) for fault in faults for voice in (fault.voice, "")}
     for number, line in enumerate(text.splitlines(), 1):
-        music = "" if FIELD_LINE.match(line) else re.sub(r"\[[MQ]:[^]]*\]", "", line)
+        music = re.sub(r"\[[MQ]:[^]]*\]", "", line) if MUSIC_LINE.match(line) else ""
         for voice, bar in re.findall(r"(?:\[V:([^]]*)\])?([^|]+\|?)", music):
             right = (number, voice) not in wrong
             count["bars"] += 1
@@ -4869,10 +4891,10 @@ def nearest_tune(holders, shingles, first, last):
 
 # --- loss where it matters
 
-KIND = re.compile(r"(?P<header>\0(?:(?:[A-Z]:|%%)[^\n]*\n)*)|(?P<voice_tag>\[V:\d+\])"
+KIND = re.compile(r"(?P<header>\0(?:(?:[A-Z]:|%%)[^\n]*\n)*)|(?P<countdown>%\d+\n)|(?P<voice_tag>\[V:\d+\])"
                   r"|(?P<other>\[[A-Z]:[^]]*\]|\(\d(?:::\d)?)|(?P<accidental>[_^=]+)|(?P<pitch>[A-Ga-g][,']*)"
                   r"|(?P<length>[\d/]+)|(?P<rest>[zZ])|(?P<bar>[|\n]+)|(?P<end>\x01)")
-KINDS = ("header", "pitch", "accidental", "length", "rest", "bar", "voice_tag", "end", "other")
+KINDS = ("header", "countdown", "pitch", "accidental", "length", "rest", "bar", "voice_tag", "end", "other")
 
 
 def char_kinds(tokens, vocab):
@@ -5116,7 +5138,7 @@ def emergence_row(tunes, copy_limit, repeats, cfg):
     return row
 
 
-@stage(version=6, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP",
+@stage(version=7, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP",
        reads=(extract, tokenize, train), root="SAVE_DIR")
 def evaluate(cfg):
     """Test losses of every model; its tunes, judged, compared with real ones, searched for copies, shown."""
@@ -5316,6 +5338,9 @@ def engrave(tune, midi, most=SCORE_BARS):
 
 # --- on demand: python LakhMIDI.py --sample 8 --prompt mine.mid
 
+LINES_TO_COME = 16  # of a prompt that doesn't say how long the tune is to be
+
+
 def is_abc_text(prompt):
     """Whether a prompt is text, if only none at all, and not the path of a file."""
     return not prompt or bool(re.search(r"\n|\\n|^[A-Z]:[^\\/]|\|", prompt))
@@ -5326,10 +5351,11 @@ def read_prompt(prompt, cfg, bars=8, vocab=None):
     than it has, since a tune that has come to its close would be followed by its end.
 
     `prompt` is the path of an .abc or MIDI file, which is converted, or ABC text, which is taken as it is. Of
-    a file with voices or instruments that `vocab` does not know only the melody is taken.
+    a file with voices or instruments that `vocab` does not know only the melody is taken. The tune is to be
+    as long as its file, or by LINES_TO_COME longer than the prompt where that has less to come.
     """
     if is_abc_text(prompt):
-        return prompt.replace("\\n", "\n")
+        return count_down(prompt.replace("\\n", "\n"), LINES_TO_COME)
     cfg = copy.copy(cfg)
     cfg.MIN_NOTES = 1
     try:
@@ -5342,7 +5368,9 @@ def read_prompt(prompt, cfg, bars=8, vocab=None):
             text = score_to_abc(melody_voice(score), cfg)["abc"]
     except Rejected as reject:
         raise UserError(f"{prompt} holds no music to go on from ({reject})") from reject
-    return first_bars(text, bars)
+    begun = first_bars(text, bars)
+    rest = len(MUSIC_LINE.findall(text)) - len(MUSIC_LINE.findall(begun))
+    return count_down(begun, max(rest, LINES_TO_COME))
 
 
 def first_bars(text, bars):
