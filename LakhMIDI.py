@@ -222,7 +222,7 @@ class Cfg(metaclass=KnobType):
     SAMPLE_CHARS = 0  # where a tune that goes on is cut at a bar line; 0 = 1,200, 4,000 on CUDA
     TEMPERATURE = 0.9  # of sampling
     BOOTSTRAP = 1_000  # draws behind the intervals of L(N, D) and of the metrics of music
-    TOP_P = 0.98  # sample from the likeliest characters that hold this share of the probability
+    TOP_P = 0.95  # sample from the likeliest characters that hold this share of the probability
 
     def __init__(self, **knobs):
         given = {name: getattr(type(self), name) for name in knob_names(type(self))}
@@ -4712,7 +4712,8 @@ def draw(logits, chance, temperature, top_k, top_p):
 # --- judging
 
 MIN_TUNE_NOTES = 8  # fewer notes, or fewer than three pitches, are no tune
-HEADER = re.compile(r"X:1\nL:1/\d+\nM:\d+/\d+\nQ:.+\n(?:%%.+\n)*K:.+\n(?:V:.+\n|%%.+\n)*%\d+\n(?![A-Z]:|%|$)")
+HEADER = re.compile(r"X:1\nL:1/\d+\nM:\d+/\d+\nQ:.+\n(?:%%.+\n)*K:.+\n(?:V:.+\n|%%.+\n)*(?:%\d+\n)?"
+                    r"(?![A-Z]:|%|$)")
 
 
 def check_abc(text, ended=True, prompt=""):

@@ -325,13 +325,16 @@ def test_a_prompt_may_be_text_an_abc_or_a_midi_file(tmp_path):
         return study.read_prompt(str(tmp_path / name), Cfg(), **options)
 
     (tmp_path / "mine.mid").write_bytes(make_midi(1))
-    assert study.midi_to_abc(make_midi(1), Cfg()).startswith(read("mine.mid"))
+    begun, whole = read("mine.mid"), study.midi_to_abc(make_midi(1), Cfg())
+    assert "\n%24\n" in begun and "\n%16\n" in whole  # a file of 16 bars: it goes on for 16 after the eighth
+    assert re.sub(r"%\d+\n", "", whole).startswith(re.sub(r"%\d+\n", "", begun))
     assert [study.read_abc(read("mine.mid", bars=n)).n_bars for n in (8, 99)] == [8, 15]
     (tmp_path / "other.abc").write_text("X:1\nT:A title\nM:2/4\nL:1/8\nK:G\nGABc|d2BG|ABcA|G4|]\n")
-    assert read("other.abc").endswith("d2BG|\nABcA|\n")
+    assert read("other.abc").endswith("%19\nGABc|\nd2BG|\nABcA|\n")
     (tmp_path / "motif.abc").write_text("X:1\nL:1/8\nM:4/4\nK:C\nCDEF|\n")
     assert len(study.read_abc(read("motif.abc")).notes.pitch) == 4
     assert study.read_prompt("X:1\\nL:1/8", Cfg()) == "X:1\nL:1/8"
+    assert study.read_prompt("X:1\nK:C\n%3\nCDEF|\nGA", Cfg()) == "X:1\nK:C\n%18\nCDEF|\nGA"
     assert study.is_abc_text(TUNE * 9) and not study.is_abc_text("mine.mid") and study.is_abc_text("")
     (tmp_path / "bad.mid").write_bytes(b"no music")
     for bad in ("bad.mid", "missing.mid", "score.musicxml", "song.mid.gz"):
