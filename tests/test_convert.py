@@ -339,3 +339,13 @@ def test_an_interrupted_conversion_goes_on_and_another_recipe_starts_anew(tmp_pa
     report = study.read_jsonl(cfg.ABC_ROOT / "report.jsonl")
     texts = {path.name for path in cfg.ABC_ROOT.glob("*.abc")}
     assert texts == {row["abc"] for row in report if "abc" in row} and len(texts) < 6
+
+
+def test_comments_count_down_the_lines_of_music_that_are_to_come():
+    bars = [f"[V:1]C{n}|[V:2]c|\n" for n in range(1, 10)]
+    header = "X:1\n%%MIDI chordattack 0\nK:C\nV:1\nV:2\n"
+    counted = header + "%9\n" + bars[0] + "%8\n" + "".join(bars[1:5]) + "%4\n" + "".join(bars[5:])
+    assert study.count_down(header + "".join(bars)) == study.count_down(counted) == counted
+    assert study.count_down(header + "".join(bars), 3).count("%") == 2 + 3  # %12, %8, %4
+    alone = study.count_down("X:1\nK:C\n" + "C4|\n" * 17)
+    assert [line for line in alone.splitlines() if line[0] == "%"] == ["%17", "%16", "%8"]

@@ -334,7 +334,8 @@ def test_a_prompt_may_be_text_an_abc_or_a_midi_file(tmp_path):
     (tmp_path / "motif.abc").write_text("X:1\nL:1/8\nM:4/4\nK:C\nCDEF|\n")
     assert len(study.read_abc(read("motif.abc")).notes.pitch) == 4
     assert study.read_prompt("X:1\\nL:1/8", Cfg()) == "X:1\nL:1/8"
-    assert study.read_prompt("X:1\nK:C\n%3\nCDEF|\nGA", Cfg()) == "X:1\nK:C\n%18\nCDEF|\nGA"
+    two = "X:1\nK:C\nV:1\nV:2\n{}[V:1]CDEF|[V:2]C4|\n[V:1]GA"
+    assert study.read_prompt(two.format("%3\n"), Cfg()) == two.format("%18\n")
     assert study.is_abc_text(TUNE * 9) and not study.is_abc_text("mine.mid") and study.is_abc_text("")
     (tmp_path / "bad.mid").write_bytes(b"no music")
     for bad in ("bad.mid", "missing.mid", "score.musicxml", "song.mid.gz"):
