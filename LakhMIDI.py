@@ -4322,7 +4322,10 @@ def fit(cfg):
     folder = Path(cfg.SAVE_DIR)
     study, stated = read_json(folder / "scaling_results.json"), read_json(folder / "prediction.json", {})
     families = by_family(study["runs"])
-    laws = {name: fit_family(runs, stated.get(name), cfg.BOOTSTRAP) for name, runs in families.items()}
+    with ProcessPool(cfg.WORKERS) as pool:
+        jobs = {name: pool.schedule(fit_family, (runs, stated.get(name), cfg.BOOTSTRAP))
+                for name, runs in families.items()}
+        laws = {name: job.result() for name, job in jobs.items()}
 
     val = read_json(cfg.tokens_root / "stats.json", {}).get("splits", {}).get("val", {"notes": 0})
     bits = (val["chars"] + val["tunes"]) / val["notes"] / math.log(2) if val["notes"] else None  # of a nat
@@ -4336,12 +4339,14 @@ def fit(cfg):
         table.writeheader()
         table.writerows(study["runs"])
 
-    figures = {f"{name}_scaling": draw_family(name, runs, laws[name]) for name, runs in families.items()}
-    figures["combined_scaling"] = draw_combined(families, laws)
-    figures["training_curves"] = draw_curves(families, read_json(folder / "training_curves.json", {}))
     for path in folder.glob("*_scaling*.png"):  # also of a family that is no longer in the study
         path.unlink()
-    files = [path for name, figure in figures.items() for path in save_figure(figure, folder, name)]
+    figures = [("combined_scaling", draw_combined, families, laws),
+               ("training_curves", draw_curves, families, read_json(folder / "training_curves.json", {}))]
+    figures += [(f"{name}_scaling", draw_family, name, runs, laws[name]) for name, runs in families.items()]
+    with ProcessPool(cfg.WORKERS) as pool:
+        jobs = [pool.schedule(save_figure, (folder, *figure)) for figure in figures]
+        files = [path for job in jobs for path in job.result()]
 
     for name, law in laws.items():
         slopes = ", ".join(f"{slope:+.3f}" for slope in law["power_law"].get("local_slopes", ()))
@@ -4407,8 +4412,10 @@ def sheet(columns, *panels):
     return figure, places
 
 
-def save_figure(figure, folder, name):
-    """Writes name.png, the combined one also as .svg and .pdf, and name_panel<n>.png for narrow screens."""
+def save_figure(folder, name, draw, *what):
+    """Writes what draw(*what) draws as name.png, the combined one also as .svg and .pdf, and each panel as
+    name_panel<n>.png for narrow screens."""
+    figure = draw(*what)
     figure.set_dpi(150)
     files = [folder / f"{name}.{kind}" for kind in ("png", "svg", "pdf")[:3 if "combined" in name else 1]]
     for file in files:
@@ -5161,7 +5168,7 @@ def evaluate(cfg):
 
     examined = dict(progress(examine_all(rows, best, music, cfg), "evaluate", len(rows), "model"))
     tested = [examined[row["run"]][0] for row in rows]
-    figures = save_figure(draw_places(tested), save, "loss_by_place")
+    figures = save_figure(save, "loss_by_place", draw_places, tested)
     originals = [{"prompt": "", "text": text[:cfg.SAMPLE_CHARS], "ended": len(text) <= cfg.SAMPLE_CHARS}
                  for text in real[:cfg.SAMPLES]]
     written = itertools.chain(*(examined[row["run"]][1] for row in rows))
