@@ -1227,6 +1227,8 @@ def extract(cfg):
 #   pieces    A5 is cut at the bar line: 96-192, tied to 192-240; silence within a bar becomes rests
 #   text      [V:1]f4a4-&D8|[V:2](3GBdG6&z8|       L:1/8; V:2 is read an octave lower; its &z8 is for abcjs
 #
+# Comments between the lines count down how many are to come, see count_down.
+#
 # What decides the rest is that programs differ (findings/README.md has what each does). So only whole chords
 # are tied, a layer is not left while it sounds, one L: and one K: serve all voices, drums have one layer,
 # every voice stands in every line, and each writes a change of metre itself. abc2midi, a player in C, then

@@ -6,6 +6,8 @@
 
 Prints a row for each model and kind of sample, real held-out tunes first. Bars right: share of the bars, in
 every voice, that the reader measures as right; loops don't count. Tries: lines drawn for one that was kept.
+From four sizes of a family on: two laws, by regression of the logarithm of the share of bars that are wrong
+on the bits per note and on the logarithm of N, and where they lead to 5 % wrong, with 95 % intervals.
 """
 import argparse
 import sys
@@ -13,7 +15,9 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import numpy as np
 from results import keep
+from scipy import stats
 
 import LakhMIDI as study
 
@@ -52,6 +56,28 @@ def show(corpus, trained, found):
         tries = f"{row['tries']:.2f}" if row.get("tries") else ""
         print(f"{row['run'] + ' ' + row['kind']:24s} {shares[0]:5.0%} {shares[1]:6.0%} {shares[2]:6.0%} "
               f"{row['bars_right']:10.1%} {row['ended'] / row['n']:5.0%} {tries:>5s}  {row['first_fault']}")
+    models = {row["run"]: row for row in found["models"]}
+    for family in study.FAMILIES:
+        rows = [row for row in found["music"]
+                if row["kind"] == "unprompted" and row["run"].startswith(family)]
+        if len(rows) > 3:
+            wrong = [1 - row["bars_right"] for row in rows]
+            size = [np.log(models[row["run"]]["n_fit"]) for row in rows]
+            value, low, high = np.exp(reached(size, wrong))
+            print(f"{family}: 5 % of the bars wrong at N = {value:.2g} [{low:.2g}, {high:.2g}]")
+            value, low, high = reached([models[row["run"]]["bits_per_note"] for row in rows], wrong)
+            print(f"{family}: 5 % of the bars wrong at {value:.2f} [{low:.2f}, {high:.2f}] bits a note")
+
+
+def reached(x, wrong, goal=0.05, draws=10_000):
+    """Where a straight line through log(wrong) over x comes to the goal: (value, low, high), the interval by
+    draws of both of its coefficients from their t distribution."""
+    x, y = np.array(x), np.log(wrong)
+    line, middle, free = stats.linregress(x, y), x.mean(), len(x) - 2
+    spread = np.sqrt(((y - line.intercept - line.slope * x)**2).sum() / free / len(x))
+    t = stats.t.rvs(free, size=(2, draws), random_state=1)
+    at = middle + (np.log(goal) - y.mean() - spread * t[0]) / (line.slope + line.stderr * t[1])
+    return (np.log(goal) - line.intercept) / line.slope, *np.quantile(at, [0.025, 0.975])
 
 
 if __name__ == "__main__":
