@@ -530,6 +530,24 @@ def owned(cfg, root, shared=False):
         yield
 
 
+@contextlib.contextmanager
+def workers(cfg, begin=None, *what):
+    """A pool of WORKERS processes, each of which calls begin(*what) first. An exception here, such as that of
+    Ctrl-C, ends them at once."""
+    with ProcessPool(cfg.WORKERS, initializer=start_worker, initargs=(begin, *what)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.stop()
+            raise
+
+
+def start_worker(begin, *what):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    if begin:
+        begin(*what)
+
+
 class Stage:
     """A function of files: `body(cfg)` writes them and returns their paths. Skipped while it is up to date.
 
@@ -2189,8 +2207,7 @@ def convert_file(source, target, cfg):
 
 
 def limit_worker():
-    """A file that swells hits its worker's limit, not the machine's. Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A file that swells hits its worker's limit, not the machine's."""
     gc.freeze()
     gc.set_threshold(100_000)  # looking for cycles, of which there are none, took a sixth of the time
     with contextlib.suppress(ImportError, OSError, ValueError):  # Linux only
@@ -2218,17 +2235,13 @@ def convert_all(files, cfg):
             return {"reason": "crashed"}
 
     jobs = collections.deque()
-    with ProcessPool(max_workers=cfg.WORKERS, initializer=limit_worker) as pool:
-        try:
-            for file in files:
-                paths = cfg.MIDI_ROOT / file, abc_path(file, cfg)
-                jobs.append(pool.schedule(convert_file, (*paths, cfg), timeout=cfg.CONVERT_TIMEOUT))
-                if len(jobs) > 64 * cfg.WORKERS:  # enough to keep the others busy while one takes its time
-                    yield row_of(jobs.popleft())
-            yield from map(row_of, jobs)
-        except BaseException:
-            pool.stop()
-            raise
+    with workers(cfg, limit_worker) as pool:
+        for file in files:
+            paths = cfg.MIDI_ROOT / file, abc_path(file, cfg)
+            jobs.append(pool.schedule(convert_file, (*paths, cfg), timeout=cfg.CONVERT_TIMEOUT))
+            if len(jobs) > 64 * cfg.WORKERS:  # enough to keep the others busy while one takes its time
+                yield row_of(jobs.popleft())
+        yield from map(row_of, jobs)
 
 
 def remove_texts(cfg):
@@ -3615,18 +3628,13 @@ def train_side_by_side(runs, windows, vocab, cfg, bar):
     for run in runs:
         cost[run.size.family] += training_flops(run, windows, vocab, cfg)
     runs = sorted(runs, key=lambda run: -cost[run.size.family])
-    processes = max(1, min(cfg.WORKERS, len(runs)))
-    with ProcessPool(processes, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-        try:
-            jobs = {pool.schedule(train_alone, (run, os.getpid(), cfg)): run for run in runs}
-            while jobs:
-                for job in concurrent.futures.wait(jobs, 0.5, concurrent.futures.FIRST_COMPLETED).done:
-                    job.result()  # raises what went wrong there
-                    yield jobs.pop(job)
-                bar.show()
-        except BaseException:
-            pool.stop()
-            raise
+    with workers(cfg, torch.set_num_threads, threads) as pool:
+        jobs = {pool.schedule(train_alone, (run, os.getpid(), cfg)): run for run in runs}
+        while jobs:
+            for job in concurrent.futures.wait(jobs, 0.5, concurrent.futures.FIRST_COMPLETED).done:
+                job.result()  # raises what went wrong there
+                yield jobs.pop(job)
+            bar.show()
 
 
 def train_alone(run, parent, cfg):
@@ -4324,7 +4332,7 @@ def fit(cfg):
     folder = Path(cfg.SAVE_DIR)
     study, stated = read_json(folder / "scaling_results.json"), read_json(folder / "prediction.json", {})
     families = by_family(study["runs"])
-    with ProcessPool(cfg.WORKERS) as pool:
+    with workers(cfg) as pool:
         jobs = {name: pool.schedule(fit_family, (runs, stated.get(name), cfg.BOOTSTRAP))
                 for name, runs in families.items()}
         laws = {name: job.result() for name, job in jobs.items()}
@@ -4346,7 +4354,7 @@ def fit(cfg):
     figures = [("combined_scaling", draw_combined, families, laws),
                ("training_curves", draw_curves, families, read_json(folder / "training_curves.json", {}))]
     figures += [(f"{name}_scaling", draw_family, name, runs, laws[name]) for name, runs in families.items()]
-    with ProcessPool(cfg.WORKERS) as pool:
+    with workers(cfg) as pool:
         jobs = [pool.schedule(save_figure, (folder, *figure)) for figure in figures]
         files = [path for job in jobs for path in job.result()]
 
@@ -4877,7 +4885,7 @@ def find_copies(melodies, cfg):
                if tune["split"] == "train" and "leaked" not in tune]
     wanted = {shingle for shingles, *_ in melodies for shingle in shingles.tolist()}
     holders = collections.defaultdict(list)  # of each: the training tunes that have it
-    with ProcessPool(max_workers=cfg.WORKERS) as pool:
+    with workers(cfg) as pool:
         found = pool.map(training_shingles, trained, [cfg] * len(trained), chunksize=64).result()
         for file, shingles in zip(trained, found, strict=True):
             for shingle in wanted.intersection(shingles.tolist()):
@@ -5070,7 +5078,7 @@ def examine_all(rows, best, music, cfg):
     if cfg.DEVICE == "cuda":
         yield from (examine(row, best, music, cfg) for row in rows)
         return
-    with ProcessPool(cfg.WORKERS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with workers(cfg, torch.set_num_threads, 1) as pool:
         yield from pool.map(examine, rows, *([same] * len(rows) for same in (best, music, cfg))).result()
 
 
@@ -5092,7 +5100,7 @@ def judge(tune, cfg):
 def judge_all(groups, cfg):
     """Lists of tunes -> the same with "check", "metrics" and "copy"."""
     tunes = list(itertools.chain(*groups))
-    with ProcessPool(max_workers=cfg.WORKERS) as pool:
+    with workers(cfg) as pool:
         found = list(pool.map(judge, tunes, [cfg] * len(tunes)).result())  # raises what a judge raised
     copies = find_copies([facts.pop("melody") for facts in found], cfg)
     judged = iter([{**tune, **facts, "copy": copy}
