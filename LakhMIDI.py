@@ -4573,7 +4573,7 @@ def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, 
     seats, waiting = drafts[:batch], collections.deque(drafts[batch:])
     state = model.empty_state(len(seats), model.seq_len)
     ahead = 1 if valid else min(AHEAD, model.seq_len // 4)
-    bar = progress(desc=label, total=len(drafts), unit="tune")
+    bar = progress(desc=label, total=len(drafts), unit="tune", disable=not label)
     while seats:
         for row, tune in enumerate(seats):
             if tune.room < ahead:
@@ -5046,7 +5046,8 @@ def write_music(run, model, vocab, real, is_best, cfg):
     groups = []
     for kind, given in prompts.items():
         tunes = sample(model, vocab, given, max_chars=most, seed=cfg.SEED, temperature=cfg.TEMPERATURE,
-                       top_p=cfg.TOP_P, valid=kind == "valid")
+                       top_p=cfg.TOP_P, valid=kind == "valid",
+                       label=f"{run} {kind}" if cfg.DEVICE == "cuda" else "")  # else in a worker
         for tune, prompt, text in zip(tunes, given, real if kind == "prompted" else given, strict=True):
             tune |= {"prompt": prompt, "real": text}
         where = ("best_samples", cfg.SHOWN) if is_best else ("samples", kind != "valid")
