@@ -4645,8 +4645,7 @@ class Draft:
         ids, half = self.ids, model.seq_len // 2
         if len(ids) + ahead > model.seq_len + 1:
             text = self.vocab.decode(ids[1:])
-            music = MUSIC_LINE.search(text)
-            head = min(1 + (music.start() if music else 0), 3 * model.seq_len // 8)
+            head = min(1 + len(header_of(text)), 3 * model.seq_len // 8)
             newest = len(ids) - half + head
             line = 1 + text.find("\n", newest - 2) + 1  # its first character in ids
             ids = ids[:head] + ids[line if newest <= line < len(ids) else newest:]
@@ -4744,17 +4743,18 @@ def check_abc(text, ended=True, prompt=""):
     some (findings/README.md). "cut": the tune had not ended when it was stopped; it is judged up to its last
     whole bar, and a tie into what is missing is no fault.
     """
-    text = text if ended else whole_bars(text)
+    begun, text = text, text if ended else whole_bars(text) or header_of(text)
     faults, found = reader_faults(text, ended, prompt)
     heard = text if ended else re.sub(r"-(?=[^\n]*\n*\Z)", "", text)  # without the ties of the last line
     reasons = sorted(faults or abc2midi_faults(heard)) + ["cut"] * (not ended)
     first = found.pop("first_fault") or "".join(reasons[:1])
-    return {"valid": not reasons, "reasons": reasons, "first_fault": first, **found}
+    return {"valid": not reasons, "reasons": reasons, "first_fault": first, "header": has_header(begun),
+            **found}
 
 
 def reader_faults(text, ended=True, prompt=""):
     """What our reader finds wrong, and what it counts: (set of reasons, {"notes" and "pitches" after the
-    prompt, "header": whether the text begins with a whole one, "first_fault", those of count_bars}).
+    prompt, "first_fault", those of count_bars}).
     """
     tune, last = read_abc(text), text.count("\n")
     placed = sorted(fault for fault in tune.faults
@@ -4767,9 +4767,20 @@ def reader_faults(text, ended=True, prompt=""):
         faults.add("silent")
     elif sounding_beats(new) < (max(bar_starts(tune)[-1], end_of_notes(new)) - begin) / 4:
         faults.add("mostly_rests")
+    return faults, {"notes": n, "pitches": pitches, "first_fault": placed[0].reason if placed else "",
+                    **count_bars(text, placed)}
+
+
+def has_header(text):
+    """Whether a text begins with a whole header, which names all voices that play."""
     declared, played = (set(re.findall(name, text, re.M)) for name in (r"^V:(\w+)", r"\[V:(\w+)"))
-    return faults, {"notes": n, "pitches": pitches, "header": bool(HEADER.match(text)) and played <= declared,
-                    "first_fault": placed[0].reason if placed else "", **count_bars(text, placed)}
+    return bool(HEADER.match(text)) and played <= declared
+
+
+def header_of(text):
+    """A text up to its first line of music."""
+    music = MUSIC_LINE.search(text)
+    return text[:music.start()] if music else text
 
 
 def count_bars(text, faults=()):
