@@ -77,7 +77,7 @@ from typing import NamedTuple
 # How long OpenMP's threads spin before they sleep. Not at all made the steps of small LSTMs 12 times slower
 # on two idle cores, 100 times as long 1.8 times. Read only when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# numpy's matrices here are small; threads of its own made two fits side by side take 59 seconds in place of 8.
+# numpy's matrices here are small; with threads of its own two fits side by side took 59 seconds in place of 8.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jinja2
@@ -4750,8 +4750,8 @@ def check_abc(text, ended=True, prompt=""):
     heard = text if ended else re.sub(r"-(?=[^\n]*\n*\Z)", "", text)  # without the ties of the last line
     reasons = sorted(faults or abc2midi_faults(heard)) + ["cut"] * (not ended)
     first = found.pop("first_fault") or "".join(reasons[:1])
-    return {"valid": not reasons, "reasons": reasons, "first_fault": first, "header": has_header(begun),
-            **found}
+    return {"valid": not reasons, "reasons": reasons, "first_fault": first,
+            "header": bool(HEADER.match(begun)), **found}
 
 
 def reader_faults(text, ended=True, prompt=""):
@@ -4771,12 +4771,6 @@ def reader_faults(text, ended=True, prompt=""):
         faults.add("mostly_rests")
     return faults, {"notes": n, "pitches": pitches, "first_fault": placed[0].reason if placed else "",
                     **count_bars(text, placed)}
-
-
-def has_header(text):
-    """Whether a text begins with a whole header, which names all voices that play."""
-    declared, played = (set(re.findall(name, text, re.M)) for name in (r"^V:(\w+)", r"\[V:(\w+)"))
-    return bool(HEADER.match(text)) and played <= declared
 
 
 def header_of(text):
