@@ -4553,7 +4553,8 @@ def draw_curves(families, curves):
 
 SAMPLE_BATCH = 64  # tunes sampled side by side on a CPU, where more are no faster
 AHEAD = 32  # characters drawn on the device before the host looks at them
-MAX_TRIES = 50  # for one line of --valid
+MAX_TRIES = 50  # for one bar of --valid
+LONGEST_BAR = 400  # characters of a bar of one voice, or of a line of a header, with --valid
 
 
 @torch.inference_mode()
@@ -4564,8 +4565,8 @@ def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, 
     Returns [{"text", "ended"}], prompts included. Tunes are sampled side by side, each at its own place: the
     model's state remembers what was read, so a character costs one step, and a tune that has ended leaves its
     row to the next one. Tune i draws from its own stream (seed, i), whatever else is in the batch.
-    temperature 0 takes the likeliest character. `valid` draws lines again that our reader does not find whole
-    (see Draft.keep_line) and adds "bars", "tries" and "gave_up". Raises UserError for characters that the
+    temperature 0 takes the likeliest character. `valid` draws bars again that our reader does not find right
+    (see Draft.keep_bar) and adds "bars", "tries" and "gave_up". Raises UserError for characters that the
     model does not know.
     """
     unknown = sorted(set("".join(prompts)) - set(vocab.chars[3:]))
@@ -4591,8 +4592,8 @@ def sample(model, vocab, prompts, *, max_chars=1_500, temperature=1.0, top_k=0, 
 
         for row, (tune, ids) in enumerate(zip(seats, torch.cat(chars[1:], 1).tolist(), strict=True)):
             tune.add(ids)
-            if valid and tune.at_line_end():
-                if tune.keep_line():
+            if valid and tune.at_bar_end():
+                if tune.keep_bar():
                     tune.saved = pick_rows(state, [row]), tune.room
                 else:
                     put_row(state, row, tune.saved[0])
@@ -4628,9 +4629,9 @@ class Draft:
         self.most = len(self.ids) + max_chars
         self.ended = self.done = False
         self.room = 0  # characters that the model can read before its window is full
-        # --valid: where the line begins that is being drawn, the model's state and its room there; where the
-        # tune may be cut, as nothing is held over; lines of music that were kept and drawn, tries of this one
-        self.line, self.saved, self.cut = len(self.ids), None, len(self.ids)
+        # --valid: where the bar begins that is being drawn, the model's state and its room there; where the
+        # tune may be cut, as nothing is held over; bars that were kept and drawn, tries of this one
+        self.bar, self.saved, self.cut = len(self.ids), None, len(self.ids)
         self.bars = self.tries = self.tries_here = 0
         self.reader, (*lines, self.begun) = Reader(), prompt.split("\n")
         for line in lines:
@@ -4667,26 +4668,33 @@ class Draft:
             if self.done:
                 break
 
-    def at_line_end(self):
-        return self.ended or self.vocab.chars[self.ids[-1]] == "\n"
+    def at_bar_end(self):
+        """Whether a bar of a voice, a line or the tune has come to its end, or a bar goes on for too long."""
+        too_long = len(self.ids) - self.bar > LONGEST_BAR
+        return self.ended or self.vocab.chars[self.ids[-1]] in "|\n" or too_long
 
-    def keep_line(self):
-        """With --valid: whether our reader finds the line whole that was just drawn, or the tune that has
-        ended. If not, it is forgotten; after MAX_TRIES the tune is given up."""
-        line, after = self.begun + self.vocab.decode(self.ids[self.line:]), self.reader.fork()
+    def keep_bar(self):
+        """With --valid: whether our reader finds right what was just drawn: a bar of a voice, a line of the
+        header, a tune that has ended. If not, it is forgotten; after MAX_TRIES the tune is given up."""
+        drawn, after = self.vocab.decode(self.ids[self.bar:]), self.reader.fork()
+        line = self.begun + drawn
         after.read_line(line)
-        is_music = bool(MUSIC_LINE.match(line))
-        good = line != "\n" and not after.faults and (after.key or not is_music)
+        is_music, at_end = bool(MUSIC_LINE.match(line)), self.ended or line.endswith("\n")
+        good = (line.endswith("|") or at_end) and line != "\n" and not after.faults
+        good = good and bool(after.key or not is_music)
         good = good and not (self.ended and reader_faults(self.text, prompt=self.prompt)[0])
-        self.tries, self.tries_here = self.tries + is_music, self.tries_here + 1
-        if good:
-            self.reader, self.begun, self.tries_here, self.line = after, "", 0, len(self.ids)
-            self.bars += is_music
-            self.cut = self.cut if after.ties or after.open_bar else self.line
-        else:
-            self.ids, self.ended, self.room = self.ids[:self.line], False, self.saved[1]
+        self.tries += is_music and bool(drawn.strip())
+        self.tries_here += 1
+        if not good:
+            self.ids, self.ended, self.room = self.ids[:self.bar], False, self.saved[1]
             self.done = self.tries_here == MAX_TRIES
-        return good
+            return False
+        self.begun, self.tries_here, self.bar = line, 0, len(self.ids)
+        self.bars += is_music and line.endswith("|")
+        if at_end:
+            self.reader, self.begun = after, ""
+            self.cut = self.cut if after.ties or after.open_bar else self.bar
+        return True
 
     def result(self, valid):
         if not valid:
@@ -5164,7 +5172,7 @@ def emergence_row(tunes, copy_limit, repeats, cfg):
     return row
 
 
-@stage(version=7, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP",
+@stage(version=8, knobs="SAMPLES SHOWN SAMPLE_CHARS TEMPERATURE TOP_P SEED EVAL_TOKENS BOOTSTRAP",
        reads=(extract, tokenize, train), root="SAVE_DIR")
 def evaluate(cfg):
     """Test losses of every model; its tunes, judged, compared with real ones, searched for copies, shown."""

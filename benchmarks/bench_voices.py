@@ -5,7 +5,7 @@
         [--MODELS gpt_60K,gpt_400K] [--SEQ_LEN 512] [other knobs]
 
 Prints a row for each model and kind of sample, real held-out tunes first. Bars right: share of the bars, in
-every voice, that the reader measures as right; loops don't count. Tries: lines drawn for one that was kept.
+every voice, that the reader measures as right; loops don't count. Tries: bars drawn for one that was kept.
 From four sizes of a family on: two laws, by regression of the logarithm of the share of bars that are wrong
 on the bits per note and on the logarithm of N, and where they lead to 5 % wrong, with 95 % intervals.
 """
