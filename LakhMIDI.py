@@ -77,7 +77,7 @@ from typing import NamedTuple
 # How long OpenMP's threads spin before they sleep. Not at all made the steps of small LSTMs 12 times slower
 # on two idle cores, 100 times as long 1.8 times. Read only when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# numpy's matrices here are small: with threads of its own two fits side by side took 59 seconds, now 8.
+# numpy's arrays here are small: with threads of its own two fits side by side take 59 seconds, without 8.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jinja2
@@ -262,8 +262,8 @@ class Cfg(metaclass=KnobType):
         need({*map(type, self.BUDGETS + self.BETAS)} <= {int, float}, "BUDGETS and BETAS hold numbers")
         need(self.BUDGETS and min(self.BUDGETS) > 0 and max(self.BUDGETS) == 1,
              "BUDGETS are shares of the training tokens in (0, 1], the largest of them 1")
-        need(all(low <= (1 - LAST) * high for low, high in itertools.pairwise(sorted(set(self.BUDGETS)))),
-             f"each of BUDGETS must be at least {1 / (1 - LAST):g} times the one before")
+        need(all(low <= (1 - COOLDOWN) * high for low, high in itertools.pairwise(sorted(set(self.BUDGETS)))),
+             f"each of BUDGETS must be at least {1 / (1 - COOLDOWN):g} times the one before")
         need(len(self.BETAS) == 2 and min(self.BETAS) >= 0 and max(self.BETAS) < 1,
              "BETAS are two numbers in [0, 1)")
 
@@ -1900,6 +1900,12 @@ def midi_to_abc(source, cfg):
 MUSIC_LINE = re.compile(r"^(?![A-Za-z]:(?![|:])|%).+", re.M)  # neither a field of the header nor a comment
 
 
+def header_of(text):
+    """A text up to its first line of music."""
+    music = MUSIC_LINE.search(text)
+    return text[:music.start()] if music else text
+
+
 def count_down(text, more=0):
     """The text with comments that say how many lines of music are to come, if `more` follow its last one.
 
@@ -1922,8 +1928,7 @@ def count_down(text, more=0):
 def complete_lines(text):
     """A text with all voices in each line, since to abcjs a voice is its place there: those that a model left
     out are silent."""
-    header = text[:text.find("\n[V:")]
-    tags = [f"[V:{name}]" for name in dict.fromkeys(re.findall(r"^V:(\w+)", header, re.M))]
+    tags = [f"[V:{name}]" for name in dict.fromkeys(re.findall(r"^V:(\w+)", header_of(text), re.M))]
 
     def complete(line):
         cells = collections.defaultdict(str)
@@ -2941,7 +2946,7 @@ def make_optimizers(model, cfg):
     return [muon, adam]
 
 
-LAST = 0.2  # share of the steps in which the rate falls; before a smaller budget, of those behind its mean
+COOLDOWN = 0.2  # share of the steps in which the rate falls; a smaller budget has a mean of so many
 
 
 def lr_scale(step, steps, cfg):
@@ -2950,7 +2955,7 @@ def lr_scale(step, steps, cfg):
     The fall is 1 - sqrt (Hagele et al. 2024, https://arxiv.org/abs/2405.18392).
     """
     risen = step / max(1, round(cfg.WARMUP_FRAC * steps))
-    left = (steps + 1 - step) / max(1, round(LAST * steps))
+    left = (steps + 1 - step) / max(1, round(COOLDOWN * steps))
     return min(1.0, risen) * (1 - max(0.0, 1 - left) ** 0.5)
 
 
@@ -3366,7 +3371,7 @@ def train_model(run, windows, vocab, cfg, tell=lambda: None):
             t.step += 1
 
             # 7 The mean of the weights over the last fifth of this budget; at the end the weights themselves
-            if t.step > (1 - LAST) * end and (end < steps or t.step == steps):
+            if t.step > (1 - COOLDOWN) * end and (end < steps or t.step == steps):
                 t.take_into_mean()
             if t.step % log_every and t.step < end:
                 continue
@@ -3674,7 +3679,8 @@ class TrainingBar:
 
 
 def training_flops(run, windows, vocab, cfg):
-    """What a training costs; a step of gpt_1M takes an H200 a ninth of gpt_100M's time, not a 67th."""
+    """What a training costs, for the time left. On CUDA 1e8 more a character: a step of gpt_1M takes an H200
+    a ninth of gpt_100M's time, not a 67th."""
     with torch.device("meta"):
         model = build_model(run.size, len(vocab.chars), cfg)
     flops = model.flops_per_token() + 1e8 * (cfg.DEVICE == "cuda")
@@ -4781,12 +4787,6 @@ def reader_faults(text, ended=True, prompt=""):
                     **count_bars(text, placed)}
 
 
-def header_of(text):
-    """A text up to its first line of music."""
-    music = MUSIC_LINE.search(text)
-    return text[:music.start()] if music else text
-
-
 def count_bars(text, faults=()):
     """Bars of a text, voice by voice, a run of silent ones as one: {"bars", "right": those without a fault,
     "repeats": right ones that are equal to the one before}.
@@ -5045,8 +5045,7 @@ def named(run, kind, tunes, folder, shown):
 
 
 def write_music(run, model, vocab, real, is_best, cfg):
-    """Tunes of one model, lists by kind of {"run", "kind", "prompt", "text", "ended"} and
-    what `named` adds.
+    """Tunes of one model, a list for each kind, as `named` gives them with "prompt", "ended" and "real".
 
     Kinds: "unprompted", "valid" (the same, bars drawn again, see `sample`), "same" (every model goes on from
     the same four bars), and of the best model "prompted", with the "real" tune that the prompt is from.

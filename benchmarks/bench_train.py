@@ -215,7 +215,7 @@ ABLATIONS = [
     ("no warm-up", "gpt lstm", nothing, {"WARMUP_FRAC": 0.0}),
     ("warm-up 10 %", "gpt lstm", nothing, {"WARMUP_FRAC": 0.1}),
     ("constant rate", "gpt lstm", lambda: patch.object(study, "lr_scale", constant), {}),
-    ("fall of a tenth", "gpt lstm", lambda: patch.object(study, "LAST", 0.1), {}),
+    ("fall of a tenth", "gpt lstm", lambda: patch.object(study, "COOLDOWN", 0.1), {}),
 ]
 
 
