@@ -77,7 +77,7 @@ from typing import NamedTuple
 # How long OpenMP's threads spin before they sleep. Not at all made the steps of small LSTMs 12 times slower
 # on two idle cores, 100 times as long 1.8 times. Read only when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# numpy's arrays here are small: with threads of its own two fits side by side take 59 seconds, without 8.
+# scipy's arrays here are small: with threads of its own two fits side by side take 59 seconds, without 8.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jinja2
