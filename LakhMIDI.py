@@ -2868,7 +2868,8 @@ def count_params(model):
 # characters is the mean of the weights over the fifth before it (arXiv 2602.03702), so that one run gives a
 # result for every budget; a branch that cools down for each would cost 17 % more steps. The mean alone would
 # not do: its loss is .2 to .8 % above that of a cool-down at the same step, and of the tunes that it writes
-# half as many are valid, for it is less sure of what is rare, such as the end of a tune (benchmarks/LOG.md).
+# half as many are valid, for it is less sure of what is rare, such as the end of a tune. L(N) has cool-downs
+# only; L(N, D) mixes both, which moves its exponents within their intervals (benchmarks/LOG.md).
 #
 # What an interrupted run needs to go on is written every SAVE_EVERY_S; it goes on to the same bits on a CPU
 # (on a GPU to the same losses but for rounding). Each run has a folder named by all that it depends on: with

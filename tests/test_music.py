@@ -118,7 +118,7 @@ def test_a_tune_stops_at_its_end_and_a_prompt_of_unknown_characters_is_refused()
         sample(model, VOCAB, ["X:1é"])
 
 
-def test_valid_draws_a_bar_again_until_it_is_whole_and_gives_up_at_last():
+def test_valid_draws_a_bar_again_until_it_is_whole_and_gives_up_at_last(monkeypatch):
     def say(step, last):  # bars of any number of notes, eight on average
         if last in "|\n[V:1":
             return {dict(zip("|\n[V:1", "\n[V:1]", strict=True))[last]: 9}
@@ -132,6 +132,8 @@ def test_valid_draws_a_bar_again_until_it_is_whole_and_gives_up_at_last():
     assert all(study.reader_faults(tune["text"])[0] for tune in free)
     (never,) = sample(Scripted(lambda step, last: {"C\n"[last == "C"]: 9}), VOCAB, [TUNE], valid=True)
     assert never == {"text": TUNE, "ended": False, "bars": 0, "tries": study.MAX_TRIES, "gave_up": True}
+    monkeypatch.setattr(study, "LONGEST_BAR", 20)
+    assert sample(Scripted(lambda step, last: {"C": 9}), VOCAB, [TUNE], valid=True) == [never]  # no bar line
 
 
 # --- judging
